@@ -1,0 +1,18 @@
+"""What was learned: the Adapter value, its format on disk, and interchange with Hugging Face PEFT."""
+
+from polytask.adapters.adapter import Adapter, BackboneCard, Card, HeadCard, Lineage, ScoreCard
+from polytask.adapters.peft import export_peft, import_peft
+from polytask.adapters.store import load, save
+
+__all__ = [
+    "Adapter",
+    "BackboneCard",
+    "Card",
+    "HeadCard",
+    "Lineage",
+    "ScoreCard",
+    "export_peft",
+    "import_peft",
+    "load",
+    "save",
+]

@@ -1,0 +1,153 @@
+"""The Adapter value: what was learned for one task over one frozen backbone, and nothing that runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from polytask.tasks import TaskCard
+
+
+class BackboneCard(BaseModel):
+    """Which backbone an adapter belongs to. `fingerprint` is a SHA-256 over the weights, so that an adapter is never
+    put on other weights of the same shape."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    fingerprint: str
+    family: str
+    hidden_size: int
+    parameters: int
+
+
+class HeadCard(BaseModel):
+    """How hidden states become answers; its tensors stand beside the method's, under the site `head`.
+
+    `targets` name the classes in order. `pool` is how a sequence becomes one vector. `features` says what the linear
+    map reads: the pooled vector; for a pair, both vectors with their difference and product, or one joint encoding.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: str
+    targets: tuple[str, ...] = ()
+    pool: str = "mean"
+    pair: str = "none"
+    causal: bool = True
+
+
+class ScoreCard(BaseModel):
+    """A metric on one split with its 95 % bootstrap interval; all in [0, 1] except correlations in [-1, 1]."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    others: dict[str, float] = {}
+
+
+class Lineage(BaseModel):
+    """Where an adapter comes from: the ids of the adapters it was made from, and the SHA-256 of its data by split."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    parents: tuple[str, ...] = ()
+    data: dict[str, str] = {}
+    made_by: str = ""
+
+
+class Card(BaseModel):
+    """What is said about an adapter. Nothing here changes what it computes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    task: TaskCard
+    scores: dict[str, ScoreCard] = {}
+    lineage: Lineage = Lineage()
+    licence: str = ""
+    created: str = ""
+    trained_parameters: int = 0
+    seconds: float = 0.0
+    recipe: dict[str, Any] = {}
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A method's tensors per site, a head, and a card.
+
+    `tensors` are named `<site>/<parameter>`: the method's own (`3.attn.q/A`), the head's (`head/W`), and the task's
+    mean embedding for routing (`task/mean`). Two adapters that compute the same have the same `id`, whatever their
+    cards say.
+    """
+
+    method: str
+    hyperparameters: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    backbone: BackboneCard
+    card: Card
+    head: HeadCard | None = None
+
+    @cached_property
+    def id(self) -> str:
+        """16 hexadecimal digits of a SHA-256 over method, hyperparameters, head, backbone and tensors."""
+        return content_digest(self)[:16]
+
+    @property
+    def name(self) -> str:
+        return self.card.name
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers a user has to keep for it: the method's tensors and the head's."""
+        return sum(t.numel() for name, t in self.tensors.items() if not name.startswith("task/"))
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def at(self, site: str) -> dict[str, Tensor]:
+        """The tensors at one site, by parameter name; empty where it has none."""
+        prefix = site + "/"
+        return {name[len(prefix) :]: t for name, t in self.tensors.items() if name.startswith(prefix)}
+
+    @cached_property
+    def sites(self) -> tuple[str, ...]:
+        """The sites of the backbone at which the method acts, in order."""
+        found = dict.fromkeys(name.rpartition("/")[0] for name in self.tensors)
+        return tuple(site for site in found if site not in ("head", "task"))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write it as a folder, whole or not at all: see `polytask.adapters.store.save`."""
+        from polytask.adapters.store import save
+
+        return save(self, folder)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Adapter:
+        """Read a folder that `save` wrote: see `polytask.adapters.store.load`."""
+        from polytask.adapters.store import load
+
+        return load(folder, device=device)
+
+
+def content_digest(adapter: Adapter) -> str:
+    """SHA-256 over everything that decides what the adapter computes."""
+    sha = hashlib.sha256()
+    head = adapter.head.model_dump(mode="json") if adapter.head else None
+    says = [adapter.method, dict(adapter.hyperparameters), head, adapter.backbone.fingerprint]
+    sha.update(json.dumps(says, sort_keys=True, ensure_ascii=False).encode())
+    for name in sorted(adapter.tensors):
+        tensor = adapter.tensors[name].detach().cpu().contiguous()
+        sha.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()

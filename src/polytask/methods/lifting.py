@@ -1,0 +1,265 @@
+"""The runtime of the algebra: equations written for one row, run over batches whose rows use different adapters.
+
+A batch of R rows and K adapters comes with weights w [R, K]. At every site the value becomes
+
+    y_i ← y_i + Σ_k w_ik · Δ(p_k, x_i, y_i)
+
+where Δ is the method's equation and p_k adapter k's tensors at that site. A row with a single weight of one gets what
+that adapter alone gives. Nothing is done at a site where no adapter of the batch has tensors, and the backbone's own
+weights are never written to.
+
+Three ways to compute the sum, all tested equal:
+* one adapter for all rows: the equation is called once, rows flattened into tokens;
+* several: tensors are gathered per (row, adapter, weight) triple and the equation is lifted by `torch.func.vmap`, or
+  called once per adapter on its own rows where the tensors are large;
+* a method's own `mix`, a hand-tuned path (LoRA).
+
+Methods with `swaps` change weights instead: rows with equal weights on such adapters share a pass with θ + Σ w Δθ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from polytask.backbones import Backbone, Batch, Site
+from polytask.methods.method import Method, Params
+
+GATHER_LIMIT = 1 << 16  # numbers per adapter and site above which tensors are not copied per row
+
+
+@dataclass(frozen=True, eq=False)
+class Active:
+    """A method and an adapter's tensors, ready to run: `at` maps a site's name to its parameters."""
+
+    method: Method
+    at: Mapping[str, Params]
+
+    @classmethod
+    def of(cls, method: Method, tensors: Mapping[str, Tensor]) -> Active:
+        """From tensors named `<site>/<parameter>`; those of the head and the task's profile are left out."""
+        at: dict[str, Params] = {}
+        for name, tensor in tensors.items():
+            site, _, parameter = name.rpartition("/")
+            if site not in ("head", "task"):
+                at.setdefault(site, {})[parameter] = tensor
+        return cls(method, at)
+
+
+class Plan:
+    """What K adapters do at which sites, worked out once and used for many batches.
+
+    Tensors are cast to the backbone's dtype and joined across adapters when a site is first met; with gradients this
+    is done anew in each pass.
+    """
+
+    def __init__(self, backbone: Backbone, adapters: Sequence[Active], *, training: bool = False) -> None:
+        self.backbone = backbone
+        self.adapters = tuple(adapters)
+        self.training = training
+        self.swapping = [k for k, a in enumerate(self.adapters) if a.method.swaps]
+        self.groups: dict[str, list[Group]] = {}
+        for k, adapter in enumerate(self.adapters):
+            if adapter.method.swaps:
+                continue
+            for site, params in adapter.at.items():
+                groups = self.groups.setdefault(site, [])
+                for group in groups:
+                    if group.takes(adapter.method, params):
+                        group.add(k, adapter.method, params)
+                        break
+                else:
+                    groups.append(Group(k, adapter.method, params, self.backbone))
+
+    def hidden(self, batch: Batch, weights: Tensor | None = None, *, causal: bool = True) -> Tensor:
+        """Last hidden states [R, T, d]. `weights` [R, K] fp32; None gives every row the first adapter, if any.
+
+        Rows whose weights are all zero get the backbone's own states.
+        """
+        R = batch.ids.shape[0]
+        if self.training:
+            for group in itertools.chain(*self.groups.values()):
+                group.fresh()
+        if not self.adapters:
+            return self.backbone.hidden(batch, causal=causal)
+        if weights is None:
+            weights = torch.zeros(R, len(self.adapters), device=batch.ids.device)
+            weights[:, 0] = 1.0
+        if not self.swapping:
+            return self._pass(batch, weights, causal)
+        swaps = weights[:, self.swapping]
+        kinds, which = torch.unique(swaps, dim=0, return_inverse=True)
+        if len(kinds) == 1:
+            with self.backbone.weights_changed(self._differences(kinds[0])):
+                return self._pass(batch, weights, causal)
+        out: Tensor | None = None
+        for i, kind in enumerate(kinds):
+            index = (which == i).nonzero()[:, 0]
+            with self.backbone.weights_changed(self._differences(kind)):
+                states = self._pass(batch.rows(index), weights[index], causal)
+            if out is None:
+                out = states.new_zeros(R, *states.shape[1:])
+            out = out.index_copy(0, index, states)
+        assert out is not None
+        return out
+
+    def _differences(self, weights: Tensor) -> dict[tuple[str, str], Tensor]:
+        total: dict[tuple[str, str], Tensor] = {}
+        for weight, k in zip(weights, self.swapping, strict=True):
+            if weight == 0:
+                continue
+            for site, params in self.adapters[k].at.items():
+                for name, difference in params.items():
+                    key = (site.removeprefix(":"), name)
+                    scaled = difference if weight == 1 else weight * difference
+                    total[key] = total[key] + scaled if key in total else scaled
+        return total
+
+    def _pass(self, batch: Batch, weights: Tensor, causal: bool) -> Tensor:
+        with self._hooked(Mix(weights)):
+            return self.backbone.hidden(batch, causal=causal)
+
+    @contextlib.contextmanager
+    def _hooked(self, mix: Mix) -> Iterator[None]:
+        handles = []
+        try:
+            for name, groups in self.groups.items():
+                site = self.backbone.sites[name]
+                module = self.backbone.model.get_submodule(site.path)
+                change = self._change(site, groups, mix)
+                if site.point in ("output", "stream"):
+                    handles.append(module.register_forward_hook(_after(site, change)))
+                else:
+                    handles.append(module.register_forward_pre_hook(_before(site, change, module)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _change(self, site: Site, groups: list[Group], mix: Mix) -> Callable[[Tensor, Tensor], Tensor]:
+        def change(x: Tensor, y: Tensor) -> Tensor:
+            if len(groups) == 1:
+                return self._mixed(groups[0], x, y, mix)
+            # Each Δ is computed from the same y, so that the order of the adapters does not matter.
+            return y + sum(self._mixed(group, x, y, mix) - y for group in groups)
+
+        return change
+
+    def _mixed(self, group: Group, x: Tensor, y: Tensor, mix: Mix) -> Tensor:
+        columns = mix.of(group.columns)
+        if not len(columns.rows):
+            return y
+        method = group.methods[0]
+        if self.training and method.dropout:
+            x = F.dropout(x, method.dropout)
+        return method.mix(group, x, y, columns) if method.mix else lifted(group, x, y, columns)
+
+
+class Group:
+    """Adapters that act at one site by one equation: their columns of w, methods and tensors."""
+
+    def __init__(self, column: int, method: Method, params: Params, backbone: Backbone) -> None:
+        self.columns = [column]
+        self.methods = [method]
+        self._params = [params]
+        self._backbone = backbone
+        self.joined: dict[str, Any] = {}  # what a method's own `mix` keeps from pass to pass
+
+    def takes(self, method: Method, params: Params) -> bool:
+        return self.methods[0].joins(method, self._params[0], params)
+
+    def add(self, column: int, method: Method, params: Params) -> None:
+        self.columns.append(column)
+        self.methods.append(method)
+        self._params.append(params)
+
+    @cached_property
+    def params(self) -> list[Params]:
+        """Each adapter's tensors on the backbone's device, in its dtype (fp32 for a `precise` method)."""
+        device, dtype = self._backbone.device, self._backbone.dtype
+        if self.methods[0].precise:
+            dtype = torch.float32
+        return [{name: t.to(device, dtype) for name, t in p.items()} for p in self._params]
+
+    def fresh(self) -> None:
+        """Forget what was worked out from the tensors, because they have changed."""
+        self.__dict__.pop("params", None)
+        self.joined.clear()
+
+
+class Mix:
+    """The weights of one batch, with what each group needs of them worked out once per pass."""
+
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+        self._of: dict[tuple[int, ...], Columns] = {}
+
+    def of(self, columns: Sequence[int]) -> Columns:
+        key = tuple(columns)
+        if key not in self._of:
+            self._of[key] = Columns(self.weights if len(key) == self.weights.shape[1] else self.weights[:, list(key)])
+        return self._of[key]
+
+
+class Columns:
+    """w [R, G] of one group: `rows`, `which`, `scale` are the (row, adapter, weight) triples with a weight."""
+
+    def __init__(self, w: Tensor) -> None:
+        self.w = w
+        self.rows, self.which = w.nonzero(as_tuple=True)
+        self.scale = w[self.rows, self.which]
+        self.plain = bool((self.scale == 1).all())
+        R = w.shape[0]
+        self.whole = len(self.rows) == R and bool((self.rows == torch.arange(R, device=w.device)).all())
+        self.used = torch.unique(self.which).tolist()
+
+
+def lifted(group: Group, x: Tensor, y: Tensor, c: Columns) -> Tensor:
+    """y + Σ w Δ for one group: the generic path, for any method. x [R, T, reads], y [R, T, width]."""
+    method = group.methods[0]
+    params = group.params
+    if c.whole and len(c.used) == 1:
+        Δ = method.delta(params[c.used[0]], x.flatten(0, 1), y.flatten(0, 1)).unflatten(0, y.shape[:2])
+        return y + (Δ if c.plain else Δ * c.scale[:, None, None].to(Δ.dtype))
+    if sum(t.numel() for t in params[0].values()) > GATHER_LIMIT:
+        out = y
+        for g in c.used:
+            mine = c.which == g
+            rows = c.rows[mine]
+            Δ = method.delta(params[g], x[rows].flatten(0, 1), y[rows].flatten(0, 1)).unflatten(0, (len(rows), -1))
+            out = out.index_add(0, rows, Δ * c.scale[mine][:, None, None].to(Δ.dtype))
+        return out
+    gathered = {name: torch.stack([p[name] for p in params])[c.which] for name in params[0]}
+    seen_x, seen_y = (x, y) if c.whole else (x[c.rows], y[c.rows])
+    Δ = torch.func.vmap(method.delta)(gathered, seen_x, seen_y)
+    if not c.plain:
+        Δ = Δ * c.scale[:, None, None].to(Δ.dtype)
+    return y + Δ if c.whole else y.index_add(0, c.rows, Δ)
+
+
+def _after(site: Site, change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        y = out[0] if isinstance(out, tuple) else out
+        x = args[0] if site.point == "output" and args else y
+        part = site.part
+        new = change(x, y) if part is None else part.put(y, change(x, part.take(y)))
+        return (new, *out[1:]) if isinstance(out, tuple) else new
+
+    return hook
+
+
+def _before(site: Site, change: Callable[[Tensor, Tensor], Tensor], module: nn.Module) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: tuple[Any, ...]) -> Any:
+        y = args[0]
+        x = type(module).forward(module, y) if site.point == "sum" else y
+        return (change(x, y), *args[1:])
+
+    return hook

@@ -1,0 +1,133 @@
+"""What a method is: an equation at some sites, written for one row, and nothing that holds state."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from polytask.backbones import Backbone, Site
+from polytask.backbones.families import match
+from polytask.errors import UsageError
+
+Place = Literal["weights", "activations", "tokens", "logits"]
+Params = dict[str, Tensor]
+
+
+class Method:
+    """One published way to adapt a frozen backbone.
+
+    A subclass is a frozen dataclass of hyperparameters in a file of its own, with `sites` among them, and two
+    functions: `init` makes one site's tensors, `delta` is the equation for one row. The runtime changes a site's value
+    to y + Δ, lifts `delta` over batches whose rows use different adapters, and scales Δ in weighted mixtures.
+
+    `precise` methods get their tensors in fp32 even where the backbone computes in bf16. Methods that change whole
+    weights set `swaps`, override `start` with tensors named `:<module path>/<parameter>` and need no equation.
+    """
+
+    name: ClassVar[str] = ""
+    place: ClassVar[Place] = "activations"
+    equation: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    swaps: ClassVar[bool] = False
+    precise: ClassVar[bool] = False
+
+    sites: tuple[str, ...] = ()
+    dropout: float = 0.0
+
+    mix: ClassVar[Callable[..., Tensor] | None] = None
+    """A hand-tuned path beside the generic one: mix(self, group, x, y, columns) -> y + Σ w Δ; see `lifting`."""
+
+    def init(self, site: Site, generator: torch.Generator) -> Params:
+        """One site's tensors before training, fp32, drawn from `generator`."""
+        raise NotImplementedError(type(self).__name__)
+
+    def delta(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
+        """Δ [T, width] for one row, from this site's tensors `p`, what the site reads x [T, reads], its value y."""
+        raise NotImplementedError(type(self).__name__)
+
+    def start(self, backbone: Backbone, seed: int) -> dict[str, Tensor]:
+        """All tensors before training, named `<site>/<parameter>`.
+
+        Raises UsageError where one of the method's site patterns matches nothing in this backbone.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        tensors: dict[str, Tensor] = {}
+        for name in match(backbone.reader_sites, self.sites):
+            for parameter, tensor in self.init(backbone.reader_sites[name], generator).items():
+                tensors[f"{name}/{parameter}"] = tensor
+        return tensors
+
+    def joins(self, other: Method, mine: Params, its: Params) -> bool:
+        """Whether another adapter's tensors at a site can be stacked with this one's and share a call."""
+        return self == other and all(mine[name].shape == its[name].shape for name in mine)
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The fields as JSON can hold them."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return {f.name: list(v) if isinstance(v := getattr(self, f.name), tuple) else v for f in fields}
+
+    @classmethod
+    def of(cls, hyperparameters: Mapping[str, Any]) -> Self:
+        """The method with these hyperparameters; a name it does not have, or a value of the wrong type, is refused."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        values: dict[str, Any] = {}
+        for name, value in hyperparameters.items():
+            if name not in fields:
+                raise UsageError(f"{cls.name} has no hyperparameter {name!r}; it has {', '.join(fields)}")
+            default = getattr(cls, name)
+            if isinstance(default, tuple):
+                value = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+            elif isinstance(default, bool):
+                value = _boolean(cls.name, name, value)
+            else:
+                try:
+                    value = type(default)(value)
+                except (TypeError, ValueError):
+                    raise UsageError(f"{cls.name}.{name} = {value!r}: a {type(default).__name__} is needed") from None
+            values[name] = value
+        return cls(**values)
+
+
+def _boolean(method: str, name: str, value: Any) -> bool:
+    said = {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower())
+    if said is None:
+        raise UsageError(f"{method}.{name} = {value!r}: true or false is needed")
+    return said
+
+
+METHODS: dict[str, type[Method]] = {}
+
+
+def method(name: str, *, place: Place, equation: str, paper: str) -> Callable[[type[Any]], type[Any]]:
+    """Class decorator: make a frozen dataclass of the class and enter it under `name`."""
+
+    def enter(cls: type[Any]) -> type[Any]:
+        cls.name, cls.place, cls.equation, cls.paper = name, place, equation, paper
+        cls = dataclasses.dataclass(frozen=True)(cls)
+        METHODS[name] = cls
+        return cls
+
+    return enter
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every method by name: each module of this folder enters its own."""
+    import polytask.methods as folder
+
+    for module in pkgutil.iter_modules(folder.__path__):
+        importlib.import_module(f"{folder.__name__}.{module.name}")
+    return dict(sorted(METHODS.items()))
+
+
+def build(name: str, hyperparameters: Mapping[str, Any] | None = None) -> Method:
+    """The method of that name; UsageError where there is none."""
+    known = methods()
+    if name not in known:
+        raise UsageError(f"no method {name!r}; the methods are {', '.join(known)}")
+    return known[name].of(hyperparameters or {})

@@ -1,0 +1,156 @@
+"""From examples to logits: tokens, passes of similar length, and heads of several adapters over one pass.
+
+An example becomes a `Unit`: one token sequence, or two for a pair whose texts are encoded apart. A `Seat` is who
+answers: a head with its tensors, and the weights of a plan's adapters that its rows get. Units of different seats
+share a pass; each seat's head reads its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polytask.adapters import HeadCard
+from polytask.backbones import Backbone, Batch, heads
+from polytask.methods.lifting import Plan
+from polytask.tasks import Example
+from polytask.tasks.task import Output
+
+TOKENS_A_PASS = 2048  # padded tokens: large enough for full matrix products, small enough for a laptop's memory
+
+
+@dataclass(slots=True)
+class Unit:
+    """An example as token ids. `starts` are the first-piece positions of its words, where it is tagged. `states` are
+    cached hidden states [T, d] of each sequence at the block where passes begin."""
+
+    ids: tuple[list[int], ...]
+    starts: list[int] | None = None
+    states: tuple[Tensor, ...] | None = None
+
+    @property
+    def length(self) -> int:
+        return max(len(row) for row in self.ids)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids) * self.length
+
+
+@dataclass(frozen=True, eq=False)
+class Seat:
+    """A head, its tensors, and the weights [K] its rows give to the plan's adapters (None: the backbone alone)."""
+
+    head: HeadCard
+    params: Mapping[str, Tensor]
+    weights: Tensor | None = None
+
+
+def encode(backbone: Backbone, head: HeadCard, examples: Sequence[Example], limit: int = 256) -> list[Unit]:
+    """Tokenise examples the way `head` reads them, at most `limit` tokens a sequence."""
+    if head.kind == "tagging":
+        ids, starts = backbone.tokenize_words([e.input for e in examples], limit)
+        return [Unit((row,), first) for row, first in zip(ids, starts, strict=True)]
+    texts = [e.input if isinstance(e.input, str) else " ".join(e.input) for e in examples]
+    if head.pair == "none":
+        return [Unit((row,)) for row in backbone.tokenize(texts, limit=limit)]
+    seconds = [e.pair or "" for e in examples]
+    if head.pair == "joint":
+        return [Unit((row,)) for row in backbone.tokenize(texts, seconds, limit)]
+    both = zip(backbone.tokenize(texts, limit=limit), backbone.tokenize(seconds, limit=limit), strict=True)
+    return [Unit((u, v)) for u, v in both]
+
+
+def packs(units: Sequence[Unit], budget: int = TOKENS_A_PASS) -> list[list[int]]:
+    """Indexes of units, shortest first, cut into passes of at most `budget` padded tokens (or one unit)."""
+    order = sorted(range(len(units)), key=lambda i: units[i].length)
+    passes: list[list[int]] = []
+    rows = 0
+    for i in order:
+        rows += len(units[i].ids)
+        if not passes or rows * units[i].length > budget:
+            passes.append([])
+            rows = len(units[i].ids)
+        passes[-1].append(i)
+    return passes
+
+
+def forward(
+    plan: Plan, seats: Sequence[Seat], units: Sequence[Unit], which: Sequence[int], start: int = 0
+) -> Iterator[tuple[int, list[int], Tensor]]:
+    """One pass. Unit i is answered by seat `which[i]`; yields (seat, its units in order, logits) for each seat.
+
+    Logits are [units, C], or [words, C] for a tagging head: the words of its units, one after another, that have a
+    position (see `words`). `start` is the block at which cached states enter.
+    """
+    backbone = plan.backbone
+    mine: dict[int, list[int]] = {}
+    for i, seat in enumerate(which):
+        mine.setdefault(seat, []).append(i)
+    rows: list[list[int]] = []
+    states: list[Tensor] = []
+    weights: list[Tensor] = []
+    spans: dict[int, tuple[int, int]] = {}
+    K = len(plan.adapters)
+    for s, members in mine.items():
+        begin = len(rows)
+        for side in range(len(units[members[0]].ids)):
+            rows += [units[i].ids[side] for i in members]
+            states += [kept[side] for i in members if (kept := units[i].states)]
+        spans[s] = (begin, len(rows))
+        given = seats[s].weights
+        weights.append((torch.zeros(K) if given is None else given).expand(len(rows) - begin, K))
+    batch = backbone.collate(rows)
+    if states:
+        padded = torch.nn.utils.rnn.pad_sequence(states, batch_first=True).to(backbone.device)
+        batch = Batch(batch.ids, batch.mask, start, padded)
+    causal = seats[which[0]].head.causal
+    hidden = plan.hidden(batch, torch.cat(weights).to(backbone.device), causal=causal)
+    for s, members in mine.items():
+        begin, end = spans[s]
+        head, params = seats[s].head, seats[s].params
+        φ = heads.features(head, hidden[begin:end], batch.mask[begin:end], params.get("q"))
+        if head.kind == "tagging":
+            rows_of, at = words([units[i] for i in members])
+            φ = φ[rows_of.to(φ.device), at.to(φ.device)]
+        yield s, members, heads.logits(dict(params), φ)
+
+
+def words(units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
+    """(row, position) of every word with a position, row by row."""
+    pairs = [(row, at) for row, unit in enumerate(units) for at in unit.starts or () if at >= 0]
+    index = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
+    return index[:, 0], index[:, 1]
+
+
+@torch.no_grad()
+def answer(
+    plan: Plan, seats: Sequence[Seat], units: Sequence[Unit], which: Sequence[int], budget: int = TOKENS_A_PASS
+) -> list[tuple[Output, float | None]]:
+    """What each unit's seat answers, with its probability, in the units' order.
+
+    A tagged row's probability is that of its least sure word; a word that was cut off gets the first target, `O`.
+    """
+    answers: list[tuple[Output, float | None]] = [("", None)] * len(units)
+    for causal in sorted({seats[s].head.causal for s in which}):
+        chosen = [i for i, s in enumerate(which) if seats[s].head.causal == causal]
+        for pack in packs([units[i] for i in chosen], budget):
+            index = [chosen[j] for j in pack]
+            for s, members, z in forward(plan, seats, [units[i] for i in index], [which[i] for i in index]):
+                head = seats[s].head
+                outputs, sure = heads.decode(head, z.cpu())
+                if head.kind != "tagging":
+                    for j, found in zip(members, zip(outputs, sure, strict=True), strict=True):
+                        answers[index[j]] = found
+                    continue
+                next_word = iter(zip(outputs, sure, strict=True))
+                for j in members:
+                    tags = [
+                        next(next_word) if at >= 0 else (head.targets[0], 0.0) for at in units[index[j]].starts or ()
+                    ]
+                    least = min((p for _, p in tags if p is not None), default=None)
+                    answers[index[j]] = (tuple(str(tag) for tag, _ in tags), least)
+    return answers
