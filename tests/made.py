@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,7 +54,11 @@ def adapter(
 def rich(name: str = "tickets", seed: int = 0) -> Adapter:
     """One with a head, a task embedding, scores, lineage and notes."""
     tensors = lora_tensors(seed, layers=1, width=4, r=2)
-    tensors |= {"head/W": torch.randn(3, 4), "head/b": torch.randn(3), "task/mean": torch.randn(4)}
+    made = torch.Generator().manual_seed(seed)
+    tensors |= {
+        name: torch.randn(*n, generator=made)
+        for name, n in {"head/W": (3, 4), "head/b": (3,), "task/mean": (4,)}.items()
+    }
     return adapter(
         name,
         tensors=tensors,
@@ -61,6 +68,23 @@ def rich(name: str = "tickets", seed: int = 0) -> Adapter:
         notes=("first try",),
         trained_parameters=47,
     )
+
+
+def killed(work: Callable[[], object]) -> None:
+    """Run it in a forked child, where it must end in its own kill -9 (see `die`)."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def one_line(error: BaseException) -> str:

@@ -187,6 +187,7 @@ def test_ambiguous_columns_are_asked_for(tmp_path: Path, header: tuple[str, ...]
         (["0.5", "1.5"] * 20, "regression"),
         ([f"answer number {n}" for n in range(40)], "generation"),
         (["x" * 81, "y" * 81] * 20, "generation"),
+        (["a", "b"] * 35 + [f"answer {n}" for n in range(30)], "generation"),
         ([["a"], ["a", "b"]] * 20, "multilabel"),
         ([["a"], ["b"]] * 20, "classification"),
         ([[f"one {n}", f"two {n}"] for n in range(40)], "generation"),
@@ -214,6 +215,11 @@ def test_answers_copied_from_the_input_are_no_labels(tmp_path: Path) -> None:
 def test_class_ids_are_in_the_order_of_numbers(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", [(f"t {n}", str(n % 12)) for n in range(240)])
     assert [label.name for label in Task.read(path).labels] == [str(n) for n in range(12)]
+
+
+def test_true_and_false_are_written_as_in_json(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "t.jsonl", [{"text": f"t {n}", "label": n % 2 == 0} for n in range(10)])
+    assert [label.name for label in Task.read(path).labels] == ["false", "true"]
 
 
 def test_multilabel_from_cells(tmp_path: Path) -> None:
@@ -279,6 +285,13 @@ def test_plain_folder(tmp_path: Path) -> None:
     assert task.name == tmp_path.name
 
 
+def test_ids_in_one_file_only(tmp_path: Path) -> None:
+    write_csv(tmp_path / "train.csv", [("7", "a", "x"), ("8", "b", "y"), ("9", "c", "x")], ("id", "text", "label"))
+    write_csv(tmp_path / "test.csv", [("d", "x")])
+    task = Task.read(tmp_path)
+    assert [e.id for e in (*task.train, *task.test)] == ["7", "8", "9", "test-1"]
+
+
 def test_task_json_folder(tmp_path: Path) -> None:
     card = {
         "name": "moods", "kind": "classification", "definition": "Say the moods.", "labels": ["joy", "fear"],
@@ -299,6 +312,16 @@ def test_task_json_folder(tmp_path: Path) -> None:
     task = Task.read(tmp_path)
     assert task.metric == "micro_f1"
     assert "metric 'bleurt' is not known here; micro_f1 is used" in task.notes
+
+
+def test_task_json_pairs(tmp_path: Path) -> None:
+    card = {"name": "p", "kind": "similarity", "metric": "spearman", "positive_examples": [{"input": "x", "output": 1}]}
+    write_json(tmp_path / "task.json", card)
+    rows = [{"id": str(n), "input": "1: a\n2: b", "text1": f"a {n}", "text2": "b", "output": 1.0} for n in range(3)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    task = Task.read(tmp_path)
+    assert [(e.input, e.pair, e.output) for e in task.train] == [(f"a {n}", "b", 1.0) for n in range(3)]
+    assert "not kept: 1 positive examples, whose fields are not those of the rows" in task.notes
 
 
 # -- instruction formats -----------------------------------------------------------------------------------------------
@@ -341,6 +364,8 @@ def test_bigbench_targets_and_options(tmp_path: Path) -> None:
     examples = [{"input": f"q {n}", "target": ["True", "False"][n % 2]} for n in range(40)]
     task = Task.read(write_json(tmp_path / "bbh.json", {"canary": "c", "examples": examples}))
     assert (task.kind, [label.name for label in task.labels]) == ("classification", ["False", "True"])
+    examples = [{"input": f"q {n}", "target": str(n)} for n in range(40)]
+    assert Task.read(write_json(tmp_path / "sums.json", {"examples": examples})).kind == "generation"
     examples = [{"input": f"q {n}", "target_scores": {f"a{n}": 0, f"b{n}": 1}} for n in range(4)]
     task = Task.read(write_json(tmp_path / "o.json", {"name": "pick", "description": "Pick.", "examples": examples}))
     assert (task.name, task.kind, task.instruction) == ("pick", "choice", "Pick.")
@@ -369,7 +394,8 @@ def test_conversations(tmp_path: Path) -> None:
         {
             "id": "c1",
             "conversations": [
-                {"from": "system", "value": "Be kind."}, {"from": "human", "value": "hi"},
+                {"from": "system", "value": "Be kind."}, {"from": "gpt", "value": "Well?"},
+                {"from": "human", "value": "hi"},
                 {"from": "gpt", "value": "hello"}, {"from": "human", "value": "bye"}, {"from": "gpt", "value": "ciao"},
             ],
         }
@@ -390,7 +416,7 @@ def test_conversations(tmp_path: Path) -> None:
 def test_hub_folder_with_class_names_and_a_hidden_test(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
-        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])}
+        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["pos", "neg"])}
     )
     parts = {
         "train": {"sentence": [f"s {n}" for n in range(40)], "label": [n % 2 for n in range(40)]},
@@ -403,7 +429,7 @@ def test_hub_folder_with_class_names_and_a_hidden_test(tmp_path: Path) -> None:
     assert (task.name, task.kind, [label.name for label in task.labels]) == (
         "reviews",
         "classification",
-        ["neg", "pos"],
+        ["pos", "neg"],
     )
     assert len(task.train) + len(task.validation) + len(task.test) == 40
     assert {"split 'test' is not used: its labels are hidden", "split 'unsupervised' is not used"} <= set(task.notes)
@@ -436,8 +462,9 @@ def test_hub_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_importing_tasks_is_light() -> None:
     code = (
-        "import sys, polytask.tasks\n"
-        "print([m for m in ('pandas', 'sklearn', 'polars', 'torch', 'datasets', 'seqeval', 'scipy') if m in sys.modules])"
+        "import sys, polytask.tasks.readers\n"
+        "heavy = ('pandas', 'sklearn', 'polars', 'torch', 'datasets', 'seqeval', 'scipy')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

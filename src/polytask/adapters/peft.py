@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from polytask.adapters.adapter import Adapter, BackboneCard, Card, HeadCard
-from polytask.adapters.store import read_safetensors, whole_folder, write_json, write_safetensors
+from polytask.adapters.store import read_safetensors, shown, whole_folder, write_json, write_safetensors
 from polytask.errors import PolytaskError, UsageError
 
 TENSORS = "adapter_model.safetensors"
@@ -246,6 +246,8 @@ def import_peft(
         learned, hyperparameters = _lora_tensors(folder, config, tensors, sites, said if untouched else {})
     else:
         learned, hyperparameters = _ia3_tensors(folder, config, tensors, sites)
+    order = {site: number for number, site in enumerate(sites)}
+    learned = dict(sorted(learned.items(), key=lambda item: order[item[0].rpartition("/")[0]]))
     if untouched:
         hyperparameters = said["hyperparameters"]
     return Adapter(
@@ -355,13 +357,15 @@ def _lora_tensors(
     for key, tensor in tensors.items():
         match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
         if match is None:
-            raise PolytaskError(f"{folder}: tensor {key} is no LoRA of a linear module; polytask cannot represent it")
+            raise PolytaskError(
+                f"{folder}: tensor {shown(key)} is no LoRA of a linear module; polytask cannot represent it"
+            )
         pairs.setdefault(match[1], {})[match[2]] = tensor
     if not pairs:
         raise PolytaskError(f"{folder / TENSORS}: holds no LoRA tensors")
     for path, pair in pairs.items():
         if len(pair) != 2:
-            raise PolytaskError(f"{folder / TENSORS}: {path} has no lora_{'B' if 'A' in pair else 'A'}.weight")
+            raise PolytaskError(f"{folder / TENSORS}: {shown(path)} has no lora_{'B' if 'A' in pair else 'A'}.weight")
 
     shift = _Shift(folder, pairs, sites)
     rslora = bool(config.get("use_rslora"))
@@ -480,7 +484,7 @@ def _ia3_tensors(
     for key, tensor in tensors.items():
         match = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.ia3_l", key)
         if match is None:
-            raise PolytaskError(f"{folder}: tensor {key} is no (IA)^3 vector; polytask cannot represent it")
+            raise PolytaskError(f"{folder}: tensor {shown(key)} is no (IA)^3 vector; polytask cannot represent it")
         vectors[match[1]] = tensor
     if not vectors:
         raise PolytaskError(f"{folder / TENSORS}: holds no (IA)^3 vectors")
@@ -532,12 +536,13 @@ def _rows(site: SiteLike, sites: Mapping[str, SiteLike]) -> Tensor:
 
 def _patterns(tensors: Iterable[str], sites: Mapping[str, SiteLike]) -> list[str]:
     """The sites of these tensors, in few words: `*.attn.q` where every layer's q is among them."""
-    names = list(dict.fromkeys(name.rpartition("/")[0] for name in tensors))
+    have = {name.rpartition("/")[0] for name in tensors}
+    names = [name for name in sites if name in have]
     said: dict[str, None] = {}
     for name in names:
         pattern = re.sub(r"(^|\.)\d+\.", r"\1*.", name, count=1)
         everywhere = {other for other in sites if fnmatchcase(other, pattern)}
-        said[pattern if everywhere <= set(names) else name] = None
+        said[pattern if everywhere <= have else name] = None
     return list(said)
 
 
@@ -562,7 +567,9 @@ class _Shift:
                 self.drop, self.add = 0, head
                 return
         strange = next((path for path in paths if path not in by_path), paths[0])
-        raise UsageError(f"{folder}: module {strange} has no site in this backbone; it is for another architecture")
+        raise UsageError(
+            f"{folder}: module {shown(strange)} has no site in this backbone; it is for another architecture"
+        )
 
     def sites(self, path: str, points: tuple[str, ...]) -> list[str]:
         """The sites at a module: the whole one, or all its parts."""

@@ -104,7 +104,7 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
             backbone=adapter.backbone,
             head=adapter.head,
             sha256=sha256,
-            tensors={name: _shape(tensor) for name, tensor in sorted(adapter.tensors.items())},
+            tensors={name: _shape(tensor) for name, tensor in adapter.tensors.items()},
             digest="",
             card=adapter.card,
         )
@@ -143,7 +143,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> Adapter:
     adapter = Adapter(
         method=stored.method,
         hyperparameters=stored.hyperparameters,
-        tensors=tensors,
+        tensors={name: tensors[name] for name in stored.tensors},  # in the order of the sites, as they were saved
         backbone=stored.backbone,
         card=stored.card,
         head=stored.head,
@@ -287,6 +287,11 @@ def explain(error: ValidationError) -> str:
     return (f"field {where}: {message}" if where else message) + rest
 
 
+def shown(text: str) -> str:
+    """A foreign text as a message may hold it: in quotes and escaped where it would break the line."""
+    return text if text.isprintable() else repr(text)
+
+
 def _put(temporary: Path, target: Path) -> None:
     previous = _previous(target)
     try:
@@ -389,12 +394,12 @@ def _difference(found: Mapping[str, str], expected: Mapping[str, str]) -> str:
     if extra:
         said.append(f"has {_some(extra)} too many")
     if other:
-        said.append(f"has {other[0]} as {found[other[0]]}, not {expected[other[0]]}")
+        said.append(f"has {shown(other[0])} as {found[other[0]]}, not {expected[other[0]]}")
     return " and ".join(said)
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
+    return ", ".join(map(shown, names[:3])) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
 
 
 def _shape(tensor: Tensor) -> str:

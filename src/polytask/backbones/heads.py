@@ -48,7 +48,7 @@ def width(head: HeadCard, d: int) -> int:
 
 
 def start(head: HeadCard, d: int, seed: int) -> Params:
-    """W [C, width] ~ N(0, 0.02²) and b [C] = 0 (C = 1 for a number), q [d] = 0 for attention pooling, which is the mean."""
+    """W [C, width] ~ N(0, 0.02²), b [C] = 0 (C = 1 for a number), and for attention pooling q [d] = 0, the mean."""
     C = max(1, len(head.targets))
     W = torch.empty(C, width(head, d)).normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))
     if head.kind == "similarity" and head.pair == "separate":

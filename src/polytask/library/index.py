@@ -269,7 +269,7 @@ class Index:
             found = self._by_key(connection, keys, limit)
             if found:
                 return found
-        plain = text.strip()
+        plain = text.replace("\0", " ").strip()  # SQLite takes a NUL for the end
         columns = [adapters.c[column] for column in _SEARCHED]
         hits: dict[int, float] = {}
         for piece in [plain] if self._full_text or not words else words:

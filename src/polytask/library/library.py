@@ -18,8 +18,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ import torch
 
 from polytask.adapters import Adapter, BackboneCard, Card, HeadCard, export_peft, import_peft, load, save
 from polytask.adapters.peft import CONFIG, SiteLike
-from polytask.adapters.store import DESCRIPTION, TENSORS, sweep, sync
+from polytask.adapters.store import DESCRIPTION, TENSORS, shown, sweep, sync
 from polytask.errors import PolytaskError, UsageError
 from polytask.library.index import Entry, Index, now, unit
 
@@ -86,9 +86,11 @@ class Library:
         stands for its task; the adapter's own `task/mean` by default.
 
         Raises:
-            UsageError: the embedding is no vector; the same content is kept under another name.
+            UsageError: the name is empty, the embedding is no vector, or the same content is kept under another name.
             PolytaskError: the adapter cannot be stored (see `adapters.store.save`).
         """
+        if not adapter.name.strip() or not adapter.name.isprintable():
+            raise UsageError(f"{adapter.name!r}: a name has at least one letter and is one line")
         if embedding is None:
             embedding = adapter.tensors.get("task/mean")
             embedding = embedding if embedding is not None and bool(embedding.any()) else None
@@ -196,12 +198,12 @@ class Library:
         with self._index.read() as connection:
             found = self._index.find(connection, ref, removed=None)
         if len(found) > 1:
-            raise UsageError(f"{ref}: means several adapters ({_names(found)}); say which to forget")
+            raise UsageError(f"{shown(ref)}: means several adapters ({_names(found)}); say which to forget")
         identity = found[0].id if found else ref
         folder = next((path for path in (self._live(identity), self._trash(identity)) if path.exists()), None)
         if not found and (folder is None or not _ID.fullmatch(identity)):
-            raise UsageError(f"{ref}: no such adapter in {self.location}")
-        with self._index.write():
+            raise UsageError(f"{shown(ref)}: no such adapter in {self.location}")
+        with self._index.write(), _disk(self._forgetting()):
             # From here on it will be forgotten, whatever happens.
             line = {"id": identity, "when": now(), "sha256": _sha256(folder), "reason": reason}
             self._forgetting().mkdir(exist_ok=True)
@@ -314,14 +316,16 @@ class Library:
     def _move(self, old: Path, new: Path) -> None:
         if not old.is_dir():
             raise PolytaskError(f"{old}: is gone; see verify()")
-        try:
+        with _disk(old):
             new.parent.mkdir(exist_ok=True)
             shutil.rmtree(new, ignore_errors=True)
             os.replace(old, new)
-            sync(new.parent)
-            sync(old.parent)
-        except OSError as error:
-            raise PolytaskError(f"{old}: cannot be moved: {error.strerror}") from None
+            try:
+                sync(new.parent)
+                sync(old.parent)
+            except OSError:
+                os.replace(new, old)
+                raise
 
     def _open_folder(self, create: bool) -> None:
         path = self.location / "format.json"
@@ -357,9 +361,12 @@ class Library:
                 raise UsageError(f"{self.location}: holds {foreign[0]} and is no library; choose a new or empty folder")
             (self.location / "adapters").mkdir(exist_ok=True)
             temporary = self.location / f".format.json.{os.getpid()}"
-            temporary.write_text(json.dumps({"format": FORMAT, "version": FORMAT_VERSION}) + "\n")
-            sync(temporary)
-            os.replace(temporary, path)
+            try:
+                temporary.write_text(json.dumps({"format": FORMAT, "version": FORMAT_VERSION}) + "\n")
+                sync(temporary)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
             sync(self.location)
         except OSError as error:
             raise PolytaskError(f"{self.location}: cannot be made: {error.strerror}") from None
@@ -415,7 +422,7 @@ class Library:
     def _finish_forgetting(self) -> None:
         ledger = self.location / "forgotten.jsonl"
         done = []
-        with self._index.write() as connection:
+        with self._index.write() as connection, _disk(ledger):
             for intent in sorted(self._forgetting().glob("*.json")):
                 identity = intent.stem
                 if not _ID.fullmatch(identity):
@@ -443,12 +450,22 @@ class Library:
             if not found:
                 elsewhere = self._index.find(connection, ref, removed=not removed)
                 if elsewhere and not removed:
-                    raise UsageError(f"{ref}: is in the trash ({elsewhere[0].id}); restore it first")
+                    raise UsageError(f"{shown(ref)}: is in the trash ({elsewhere[0].id}); restore it first")
                 where = "the trash of " if removed else ""
-                raise UsageError(f"{ref}: no such adapter in {where}{self.location}; list what is there, or search")
+                raise UsageError(
+                    f"{shown(ref)}: no such adapter in {where}{self.location}; list what is there, or search"
+                )
         if len({entry.name for entry in found}) > 1 or (len(found) > 1 and found[0].name != ref):
-            raise UsageError(f"{ref}: is the beginning of several ids: {_names(found)}")
+            raise UsageError(f"{shown(ref)}: is the beginning of several ids: {_names(found)}")
         return found[0]
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PolytaskError(f"{path}: the disk refuses: {error.strerror}; nothing is lost, do it again") from None
 
 
 def _names(entries: Sequence[Entry]) -> str:

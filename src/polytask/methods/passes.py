@@ -15,6 +15,7 @@ from torch import Tensor
 
 from polytask.adapters import HeadCard
 from polytask.backbones import Backbone, Batch, heads
+from polytask.backbones.backbone import padded
 from polytask.methods.lifting import Plan
 from polytask.tasks import Example
 from polytask.tasks.task import Output
@@ -33,11 +34,8 @@ class Unit:
 
     @property
     def length(self) -> int:
-        return max(len(row) for row in self.ids)
-
-    @property
-    def tokens(self) -> int:
-        return len(self.ids) * self.length
+        """The padded length of its longest sequence."""
+        return padded(max(len(row) for row in self.ids))
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,16 +63,17 @@ def encode(backbone: Backbone, head: HeadCard, examples: Sequence[Example], limi
 
 
 def packs(units: Sequence[Unit], budget: int = TOKENS_A_PASS) -> list[list[int]]:
-    """Indexes of units, shortest first, cut into passes of at most `budget` padded tokens (or one unit)."""
-    order = sorted(range(len(units)), key=lambda i: units[i].length)
+    """Indexes of units, longest first, cut into passes of at most `budget` padded tokens (or one unit).
+
+    How many fit depends on the longest alone, so that passes come in few shapes.
+    """
+    order = sorted(range(len(units)), key=lambda i: -units[i].length)
+    rows = max((len(unit.ids) for unit in units), default=1)
     passes: list[list[int]] = []
-    rows = 0
-    for i in order:
-        rows += len(units[i].ids)
-        if not passes or rows * units[i].length > budget:
-            passes.append([])
-            rows = len(units[i].ids)
-        passes[-1].append(i)
+    while order:
+        fit = max(1, budget // (units[order[0]].length * rows))
+        passes.append(order[:fit])
+        order = order[fit:]
     return passes
 
 
@@ -105,8 +104,9 @@ def forward(
         weights.append((torch.zeros(K) if given is None else given).expand(len(rows) - begin, K))
     batch = backbone.collate(rows)
     if states:
-        padded = torch.nn.utils.rnn.pad_sequence(states, batch_first=True).to(backbone.device)
-        batch = Batch(batch.ids, batch.mask, start, padded)
+        stacked = torch.nn.utils.rnn.pad_sequence(states, batch_first=True).to(backbone.device)
+        stacked = torch.nn.functional.pad(stacked, (0, 0, 0, batch.ids.shape[1] - stacked.shape[1]))
+        batch = Batch(batch.ids, batch.mask, start, stacked)
     causal = seats[which[0]].head.causal
     hidden = plan.hidden(batch, torch.cat(weights).to(backbone.device), causal=causal)
     for s, members in mine.items():
@@ -124,6 +124,32 @@ def words(units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
     pairs = [(row, at) for row, unit in enumerate(units) for at in unit.starts or () if at >= 0]
     index = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
     return index[:, 0], index[:, 1]
+
+
+@torch.no_grad()
+def features(backbone: Backbone, head: HeadCard, units: Sequence[Unit], q: Tensor | None = None) -> list[Tensor]:
+    """What a head reads of the backbone alone: φ [width] of each unit, or [words, d] of each tagged one."""
+    d = heads.width(head, backbone.hidden_size)
+    identity = {"W": torch.eye(d, device=backbone.device), "b": torch.zeros(d, device=backbone.device)}
+    seat = Seat(head, identity if q is None else identity | {"q": q})
+    plan = Plan(backbone, [])
+    found: list[Tensor] = [torch.empty(0)] * len(units)
+    for pack in packs(units):
+        for _, members, φ in forward(plan, [seat], [units[i] for i in pack], [0] * len(pack)):
+            if head.kind == "tagging":
+                parts = φ.split([sum(at >= 0 for at in units[pack[j]].starts or ()) for j in members])
+            else:
+                parts = φ.unbind()
+            for j, part in zip(members, parts, strict=True):
+                found[pack[j]] = part
+    return found
+
+
+def embed(backbone: Backbone, texts: Sequence[str], limit: int = 256) -> Tensor:
+    """Mean-pooled last hidden states [N, d] of the backbone alone, fp32, on the CPU."""
+    plain = HeadCard(kind="classification")
+    units = encode(backbone, plain, [Example("", text) for text in texts], limit)
+    return torch.stack(features(backbone, plain, units)).cpu() if units else torch.empty(0, backbone.hidden_size)
 
 
 @torch.no_grad()

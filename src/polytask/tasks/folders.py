@@ -82,18 +82,21 @@ def split_files(folder: Path) -> dict[str, Path]:
             f"{folder} has no task.yaml and no file named train, validation or test ({', '.join(SUFFIXES)}); "
             "add one, or give a file"
         )
-    return files
+    return {split: files[split] for split in SPLITS if split in files}
 
 
 def from_tables(
     tables: Mapping[str, Table], draft: Draft, names: Mapping[str, str | None], columns: Columns | None = None
 ) -> Draft:
     """`draft` with the rows of `tables`, by split; the columns are chosen once, from the first table."""
+    guessed = columns is None
     if columns is None:
         columns, notes = choose(next(iter(tables.values())), **names)
         draft.notes += notes
     for split in (split for split in SPLITS if split in tables):
-        draft.splits[split] = columns.rows(tables[split])
+        # Nobody asked for the column of ids, so a file may do without it.
+        bare = guessed and columns.id not in tables[split].columns
+        draft.splits[split] = (replace(columns, id=None) if bare else columns).rows(tables[split])
         draft.notes += tables[split].notes
     ids: dict[str, str] = {}
     for split, rows in draft.splits.items():

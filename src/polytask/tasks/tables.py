@@ -126,6 +126,8 @@ def read_json(path: Path) -> Any:
         _not_utf8(path)
     except json.JSONDecodeError as error:
         raise PolytaskError(f"{path}, line {error.lineno}: broken JSON ({error.msg}); mend or remove it") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise PolytaskError(f"{path}: JSON that cannot be held ({error}); mend it") from None
 
 
 def near(name: str, names: Iterable[str]) -> str:
@@ -167,6 +169,8 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
                 raise PolytaskError(
                     f"{path}, line {number}: broken JSON ({error.msg} at character {error.colno}); mend or remove it"
                 ) from None
+            except (ValueError, RecursionError) as error:
+                raise PolytaskError(f"{path}, line {number}: JSON that cannot be held ({error}); mend it") from None
 
 
 def _delimited(path: Path, separator: str) -> Table:
@@ -174,6 +178,12 @@ def _delimited(path: Path, separator: str) -> Table:
     csv.field_size_limit(max(csv.field_size_limit(), FIELD_LIMIT))
     notes: list[str] = []
     try:
+        with path.open(encoding="utf-8-sig") as file:
+            first = file.readline(FIELD_LIMIT)
+        other = next((s for s in ";\t|" if s in first), None)
+        if separator not in first and other:
+            separator = other
+            notes.append(f"{path.name}: read with {other!r} between the cells")
         try:
             header, rows = _cells(path, separator, quoted=True)
         except PolytaskError:
@@ -182,10 +192,6 @@ def _delimited(path: Path, separator: str) -> Table:
             # Many TSV files quote nothing, and then a text may begin with a quotation mark.
             header, rows = _cells(path, separator, quoted=False)
             notes.append(f"{path.name}: quotation marks were read as they stand, since they do not pair up")
-        other = next((s for s in ";\t|" if s in header[0]), None) if len(header) == 1 else None
-        if other:
-            header, rows = _cells(path, other, quoted=True)
-            notes.append(f"{path.name}: read with {other!r} between the cells")
     except UnicodeDecodeError:
         _not_utf8(path)
     if not rows:

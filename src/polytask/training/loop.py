@@ -28,6 +28,9 @@ from polytask.tasks.scorers import score
 from polytask.training import checkpoint, probe
 from polytask.training.settings import Job
 
+# Training starts from the probe's logits times this. A probe that separates its training data has a loss, and so a
+# gradient, near zero, and the method would learn nothing.
+SOFTER = 0.3
 CACHE_BYTES = 512 << 20  # hidden states of a frozen prefix are kept up to this size
 
 
@@ -174,32 +177,11 @@ def _targets(learner: Learner, members: Sequence[int]) -> Tensor:
 def _probe(backbone: Backbone, learner: Learner) -> None:
     """Fit the head on frozen features: the baseline, and where training starts."""
     head = learner.job.head
-    empty = Plan(backbone, [])
-    device = backbone.device
-
-    def frozen(units: Sequence[Unit]) -> dict[int, Tensor]:
-        # An identity head yields the features themselves.
-        q = learner.tensors.get("head/q")
-        found: dict[int, Tensor] = {}
-        d = heads.width(head, backbone.hidden_size)
-        seat = Seat(
-            head,
-            {"W": torch.eye(d, device=device), "b": torch.zeros(d, device=device)} | ({} if q is None else {"q": q}),
-        )
-        for pack in passes.packs(units):
-            for _, members, φ in passes.forward(empty, [seat], [units[i] for i in pack], [0] * len(pack)):
-                sizes = [1] * len(members)
-                if head.kind == "tagging":
-                    sizes = [sum(at >= 0 for at in units[pack[j]].starts or ()) for j in members]
-                for j, part in zip(members, φ.split(sizes), strict=True):
-                    found[pack[j]] = part
-        return found
-
-    train, held = frozen(learner.units), frozen(learner.held)
-    everyone = range(len(learner.units))
-    y = _targets(learner, everyone).to(device)
-    φ = torch.cat([train.pop(i) for i in everyone])
-    held_φ = torch.cat([held[i] for i in range(len(learner.held))]) if held else φ[:0]
+    q = learner.tensors.get("head/q")
+    joined = torch.stack if head.kind != "tagging" else torch.cat
+    φ = joined(passes.features(backbone, head, learner.units, q))
+    held_φ = joined(passes.features(backbone, head, learner.held, q)) if learner.held else φ[:0]
+    y = _targets(learner, range(len(learner.units))).to(backbone.device)
 
     def validate(p: dict[str, Tensor]) -> float:
         outputs, _ = heads.decode(head, heads.logits(p, held_φ))
@@ -223,10 +205,11 @@ def _probe(backbone: Backbone, learner: Learner) -> None:
             penalties=probe.PENALTIES[1:3] if tagging else probe.PENALTIES,
             steps=30 if tagging else 60,
         )
-    learner.tensors |= {f"head/{name}": t.detach().clone() for name, t in p.items()}
     learner.probe = learner.best = validate(p)
-    learner.probe_tensors = {name: t.clone() for name, t in learner.tensors.items() if name.startswith("head/")}
-    learner.best_tensors = {name: t.clone() for name, t in learner.tensors.items()}
+    learner.probe_tensors = {f"head/{name}": t.detach().clone() for name, t in p.items()}
+    learner.best_tensors = {name: t.clone() for name, t in learner.tensors.items()} | learner.probe_tensors
+    softer = SOFTER if head.targets else 1.0
+    learner.tensors |= {name: softer * t for name, t in learner.probe_tensors.items()}
 
 
 def _score(learner: Learner, outputs: Sequence[Any]) -> float:
@@ -392,7 +375,7 @@ class Loop:
             loss = sum(recent) / len(recent)
             epoch = learner.step // learner.steps_an_epoch
             learner.history.append({"epoch": epoch, "loss": loss, "score": value, "seconds": learner.seconds})
-            if value > self._to_beat(learner) or not learner.held:
+            if value > learner.best or not learner.held:
                 learner.best, learner.stale = value, 0
                 learner.best_tensors = {name: t.detach().clone() for name, t in learner.tensors.items()}
             else:
@@ -403,9 +386,6 @@ class Loop:
             self.tell(event)
             if learner.done:
                 self.tell(Event("done", i, learner.step, learner.steps, epoch, loss, learner.best, learner.seconds))
-
-    def _to_beat(self, learner: Learner) -> float:
-        return learner.best
 
     @property
     def _rank(self) -> int:
@@ -430,7 +410,7 @@ class Loop:
                 lowest = min(lowest, int(number)) if number.isdigit() else 0
         if len({learner.job.head.causal for learner in self.learners}) > 1:
             return 0
-        tokens = sum(unit.tokens for learner in self.learners for unit in learner.units)
+        tokens = sum(len(row) for learner in self.learners for unit in learner.units for row in unit.ids)
         size = tokens * self.backbone.hidden_size * self.backbone.dtype.itemsize
         return lowest if size <= CACHE_BYTES else 0
 

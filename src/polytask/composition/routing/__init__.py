@@ -1,0 +1,1 @@
+"""Routers: weights over adapters from an input. One file each."""

@@ -1,0 +1,80 @@
+"""Nearest-task routing: an input goes to the adapter whose training inputs lie nearest to it.
+
+    c_t = cos(e(x), μ_t)          μ_t the mean of the normalised embeddings of task t's training inputs
+    z_t = (c_t − m_t) / s_t       m_t, s_t mean and deviation of c_t over task t's own inputs
+    p(t | x) ∝ exp(c_t / τ)       over the tasks and nothing else
+    none of these  if  z_t < −threshold for the nearest t
+
+The centroid router of many mixture papers at the granularity of tasks (e.g. Jang et al. 2023, arXiv 2302.03202;
+Zhao et al. 2024, arXiv 2402.09997), with a rejection by each task's own spread, so that a narrow task does not draw in
+what merely resembles it. e(x) is the frozen backbone's mean-pooled last hidden state; no adapter runs to route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+EQUATION = "p(t|x) ∝ exp(cos(e(x), μ_t)/τ); none if (cos − m_t)/s_t < −threshold"
+PAPER = "task centroids: Jang et al. 2023, arXiv 2302.03202"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What routing knows of a task: μ [d] of unit length, and m and s of its own inputs' cosines to μ."""
+
+    mean: Tensor
+    typical: float
+    spread: float
+
+    @classmethod
+    def of(cls, embeddings: Tensor) -> Profile:
+        """From the embeddings [N, d] of a task's training inputs. Each cosine leaves its own input out of the mean."""
+        e = F.normalize(embeddings.float(), dim=-1)
+        total = e.sum(0)
+        others = F.normalize(total - e, dim=-1) if len(e) > 1 else e
+        cosines = (e * others).sum(-1)
+        spread = float(cosines.std()) if len(e) > 2 else 0.1
+        return cls(F.normalize(total, dim=0), float(cosines.mean()), max(spread, 0.02))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"task/mean": self.mean, "task/spread": torch.tensor([self.typical, self.spread])}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which task an input goes to (None: none of these), how probable that is, and how unusual it is for the task."""
+
+    index: int | None
+    probability: float
+    z: float
+
+
+@dataclass(frozen=True)
+class NearestTask:
+    """`temperature` τ of the softmax over cosines; `threshold` in deviations below which an input is foreign."""
+
+    profiles: Sequence[Profile]
+    temperature: float = 0.05
+    threshold: float = 3.0
+
+    def route(self, embeddings: Tensor) -> list[Choice]:
+        """A choice for each row of embeddings [R, d]."""
+        if not self.profiles:
+            return [Choice(None, 0.0, 0.0)] * len(embeddings)
+        e = F.normalize(embeddings.float(), dim=-1)
+        μ = torch.stack([p.mean for p in self.profiles]).to(e)
+        m = torch.tensor([p.typical for p in self.profiles]).to(e)
+        s = torch.tensor([p.spread for p in self.profiles]).to(e)
+        c = e @ μ.T
+        best = c.argmax(-1)
+        p = (c / self.temperature).softmax(-1).gather(1, best[:, None])[:, 0]
+        z = ((c - m) / s).gather(1, best[:, None])[:, 0]
+        return [
+            Choice(None if zi < -self.threshold else i, pi, zi)
+            for i, pi, zi in zip(best.tolist(), p.tolist(), z.tolist(), strict=True)
+        ]

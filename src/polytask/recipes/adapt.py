@@ -1,0 +1,166 @@
+"""From a task to an adapter: design a head, train, measure on the test split, and write the card.
+
+`auto` trains the frozen-features head and LoRA, which starts from it, and keeps LoRA only where it answers the
+validation split better: the head costs nothing to serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import polytask
+from polytask.adapters import Adapter, Card, Lineage, ScoreCard
+from polytask.backbones import Backbone, heads
+from polytask.composition.routing.nearest_task import Profile
+from polytask.errors import PolytaskError
+from polytask.inference import Engine, Request
+from polytask.methods import build, passes
+from polytask.tasks import Example, Task
+from polytask.tasks.scorers import score
+from polytask.tasks.task import Output
+from polytask.training import Event, Job, Learned, Settings, train
+
+PROFILED = 2000  # training inputs that a task's mean embedding is taken over
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do with one task: a method by name (or `auto`), its hyperparameters, and how to train."""
+
+    task: Task
+    method: str = "auto"
+    hyperparameters: Mapping[str, Any] | None = None
+    settings: Settings = Settings()
+    pool: str = "mean"
+    pair: str = "separate"
+    causal: bool = True
+
+
+def adapt(
+    base: Backbone,
+    task: Task,
+    method: str = "auto",
+    *,
+    hyperparameters: Mapping[str, Any] | None = None,
+    settings: Settings | None = None,
+    pool: str | None = None,
+    pair: str = "separate",
+    causal: bool = True,
+    folder: Path | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> Adapter:
+    """Teach a task to a frozen backbone; the adapter's card says what was done and how well it does.
+
+    `method` is a name of `polytask methods` or `auto`. `folder` keeps checkpoints, and training goes on from the one
+    it finds there. Raises UsageError for a task without a label head or an unknown method, PolytaskError where the
+    data cannot be learned from.
+    """
+    plan = Plan(task, method, hyperparameters, settings or Settings(), pool or default_pool(base), pair, causal)
+    return adapt_many(base, [plan], folder=folder, on_event=on_event)[0]
+
+
+def default_pool(base: Backbone) -> str:
+    """Mean over tokens for models that read both ways, the last token for causal ones."""
+    return "last" if base.kind == "decoder" else "mean"
+
+
+def adapt_many(
+    base: Backbone,
+    plans: Sequence[Plan],
+    *,
+    folder: Path | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    accelerator: Any = None,
+) -> list[Adapter]:
+    """Several adapters, trained at once over one frozen pass."""
+    jobs = []
+    for plan in plans:
+        method = build("lora" if plan.method == "auto" else plan.method, plan.hyperparameters)
+        head = heads.design(plan.task, pool=plan.pool, pair=plan.pair, causal=plan.causal)
+        jobs.append(Job(plan.task, method, head, plan.settings))
+    learned = train(base, jobs, on_event=on_event, folder=folder, accelerator=accelerator)
+    return [_finish(base, plan, job, found) for plan, job, found in zip(plans, jobs, learned, strict=True)]
+
+
+def _finish(base: Backbone, plan: Plan, job: Job, learned: Learned) -> Adapter:
+    task = plan.task
+    notes = list(task.notes)
+    name, hyperparameters, tensors = job.method.name, job.method.hyperparameters(), learned.tensors
+    if plan.method == "auto":
+        metric = task.metric or "score"
+        said = f"{metric} on validation: head {learned.probe:.3f}, lora {learned.validation:.3f}"
+        if learned.validation > learned.probe:
+            notes.append(f"auto chose lora: {said}")
+        else:
+            name, tensors = "head", learned.probe_tensors
+            hyperparameters = build("head").hyperparameters()
+            notes.append(f"auto chose head: {said}; the frozen features are enough")
+    kept = {n: t.detach().float().cpu().contiguous() for n, t in tensors.items()}
+    baseline = {n: t.detach().float().cpu().contiguous() for n, t in learned.probe_tensors.items()}
+    inputs = [e.text for e in task.train]
+    if len(inputs) > PROFILED:
+        chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:PROFILED]
+        inputs = [inputs[i] for i in chosen.tolist()]
+    profile = Profile.of(passes.embed(base, inputs, plan.settings.limit)).tensors()
+
+    def made(method: str, hyper: Mapping[str, Any], parts: Mapping[str, Any], card: Card) -> Adapter:
+        return Adapter(method, dict(hyper), {**parts, **profile}, base.card(), card, job.head)
+
+    data = task.card()
+    card = Card(
+        name=task.name,
+        task=data,
+        lineage=Lineage(data=data.sha256, made_by=f"polytask {polytask.__version__}"),
+        licence=task.licence,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        trained_parameters=sum(t.numel() for t in kept.values()),
+        seconds=round(learned.seconds, 3),
+        recipe={
+            "recipe": "adapt",
+            "method": plan.method,
+            "settings": vars(plan.settings) | {"lr": plan.settings.rate(name)},
+            "history": learned.history,
+        },
+        notes=tuple(notes),
+    )
+    adapter = made(name, hyperparameters, kept, card)
+    probe = made("head", build("head").hyperparameters(), baseline, card)
+    scores: dict[str, ScoreCard] = {}
+    for split, candidate, label in (
+        ("validation", adapter, "validation"),
+        ("test", adapter, "test"),
+        ("test", probe, "baseline"),
+    ):
+        examples = [e for e in task.split(split) if e.output is not None]
+        if examples:
+            scores[label] = measure(base, candidate, task, examples, plan.settings.limit)
+    return made(name, hyperparameters, kept, card.model_copy(update={"scores": scores}))
+
+
+def predict(base: Backbone, adapter: Adapter, examples: Sequence[Example], limit: int = 256) -> list[Output]:
+    """An adapter's answers to examples, in order."""
+    engine = Engine(base, adapters=[adapter])
+    answers = engine.answer([Request(e.input, e.pair, adapter.id) for e in examples], limit)
+    missing = [e.id for e, a in zip(examples, answers, strict=True) if a.output is None]
+    if missing:
+        raise PolytaskError(f"no answer for {missing[0]} and {len(missing) - 1} more")
+    return [a.output for a in answers if a.output is not None]
+
+
+def measure(base: Backbone, adapter: Adapter, task: Task, examples: Sequence[Example], limit: int = 256) -> ScoreCard:
+    """The task's metric over labelled examples, with its 95 % bootstrap interval."""
+    found = score(task, predict(base, adapter, examples, limit), examples)
+    return ScoreCard(
+        metric=found.metric,
+        value=found.value,
+        low=found.low,
+        high=found.high,
+        n=found.n,
+        others=dict(found.others),
+    )
