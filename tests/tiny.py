@@ -6,14 +6,19 @@ Every weight is drawn, biases and norms too, so that no wrong module gives the r
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
+
+from polytask.backbones import Backbone, Batch
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -116,3 +121,33 @@ def make(family: str, seed: int = 0, *, auto: Any = AutoModel, **config: Any) ->
 def make_lm(family: str, seed: int = 0, **config: Any) -> PreTrainedModel:
     """The same with its language-model head, for the families in `LM`."""
     return make(family, seed, auto=LM[family], **config)
+
+
+def backbone(family: str, seed: int = 0, *, precision: str = "fp32", tokenizer: Any = None, **config: Any) -> Backbone:
+    """A tiny model as a Backbone on the CPU, without a tokenizer where none is given."""
+    model = make(family, seed, attn_implementation="eager", **config)
+    return Backbone(model, tokenizer, f"tiny-{family}", precision=precision, device="cpu")
+
+
+def batch(rows: int, tokens: int = 9, seed: int = 0) -> Batch:
+    """Random tokens; rows are padded on the right to several lengths, the first is whole."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 128, (rows, tokens), generator=draw)
+    lengths = torch.randint(2, tokens + 1, (rows,), generator=draw)
+    lengths[0] = tokens
+    mask = torch.arange(tokens) < lengths[:, None]
+    return Batch(ids.masked_fill(~mask, 0), mask)
+
+
+def words(*names: str) -> PreTrainedTokenizerFast:
+    """A tokenizer whose words are these: `[CLS] a b [SEP]`, an unknown word is `[UNK]`, and "\u200b" is dropped."""
+    special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*special, *names))}, unk_token="[UNK]"))
+    made.normalizer = normalizers.Replace("\u200b", "")
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]"
+    )

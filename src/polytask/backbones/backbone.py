@@ -6,11 +6,13 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,10 @@ from polytask.errors import PolytaskError, UsageError
 
 EMBEDDED = "minilm"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+# No hidden state depends on these, and not every checkpoint of a model has them: where one lacks them, transformers
+# draws them at random.
+UNREAD = ("pooler.", "lm_head.")
 
 Precision = Literal["auto", "fp32", "bf16"]
 Ids = Sequence[int]
@@ -69,7 +75,9 @@ class Backbone:
         self.device = pick_device(device)
         self.fingerprint = fingerprint(model)
         self.dtype = pick_dtype(precision, self.device)
-        self.model = model.eval().requires_grad_(False).to(self.device, self.dtype)
+        self.model = model.eval().requires_grad_(False).to(self.device)
+        for parameter in self.model.parameters():  # and not the buffers: rotary frequencies have to stay in fp32
+            parameter.data = parameter.data.to(self.dtype)
         self.sites: dict[str, Site] = families.sites(model)
         self.parameters = sum(p.numel() for p in self.base.parameters())
         config: Any = model.config
@@ -108,6 +116,15 @@ class Backbone:
     def resumable(self) -> bool:
         """Whether a pass can begin at a later block: T5's and DeBERTa's blocks hand each other more than states."""
         return self.family not in ("t5", "mt5", "umt5", "deberta-v2")
+
+    @cached_property
+    def rowless(self) -> frozenset[str]:
+        """Sites whose modules also run on something that all rows share: with share_att_key (DeBERTa-v3), q and k
+        project the relative positions [1, 2·buckets, d] too."""
+        config: Any = self.model.config
+        if self.family != "deberta-v2" or not getattr(config, "share_att_key", False):
+            return frozenset()
+        return frozenset(name for name in self.sites if name.endswith((".attn.q", ".attn.k")))
 
     @cached_property
     def max_length(self) -> int:
@@ -240,38 +257,42 @@ class Backbone:
                 del block.forward
 
     def weights_read(self) -> list[tuple[str, str, nn.Parameter]]:
-        """(module path, parameter name, parameter) of every weight that a pass from tokens to hidden states reads.
+        """(module path in `base`, parameter name, parameter) of every weight that the hidden states depend on.
 
-        A weight that stands in several places (tied embeddings) is listed once.
+        A weight that stands in several places (tied embeddings) is listed once, one that is read to no effect (BERT's
+        pooler) not at all. Found by walking the graph of a pass over two tokens.
         """
-        called: list[str] = []
-        handles = [
-            module.register_forward_pre_hook(lambda _m, _a, path=path: called.append(path))
-            for path, module in self.model.named_modules()
-            if next(module.parameters(recurse=False), None) is not None
-        ]
+        named = dict(self.base.named_parameters())
+        for parameter in named.values():
+            parameter.requires_grad_()
         try:
-            with torch.no_grad():
-                self.hidden(Batch(torch.zeros((1, 2), dtype=torch.long, device=self.device), self._ones(1, 2)))
+            with torch.enable_grad():
+                out = self.hidden(Batch(torch.zeros((1, 2), dtype=torch.long, device=self.device), self._ones(1, 2)))
         finally:
-            for handle in handles:
-                handle.remove()
-        found: dict[int, tuple[str, str, nn.Parameter]] = {}
-        for path in dict.fromkeys(called):
-            for name, parameter in self.model.get_submodule(path).named_parameters(recurse=False):
-                found.setdefault(id(parameter), (path, name, parameter))
-        return list(found.values())
+            for parameter in named.values():
+                parameter.requires_grad_(False)
+        reached: set[int] = set()
+        seen: set[Any] = set()
+        ahead: list[Any] = [out.grad_fn]
+        while ahead:
+            node = ahead.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            reached.add(id(getattr(node, "variable", None)))
+            ahead += [after for after, _ in node.next_functions]
+        return [(*_split(name), parameter) for name, parameter in named.items() if id(parameter) in reached]
 
     @contextlib.contextmanager
     def weights_changed(self, differences: Mapping[tuple[str, str], Tensor]) -> Iterator[None]:
-        """Run with θ + Δθ for the named (module path, parameter name), wherever θ stands; the weights stay untouched.
+        """Run with θ + Δθ for the named (module path in `base`, parameter name), wherever θ stands; θ stays untouched.
 
         The sum is taken in fp32 and rounded to the model's dtype once.
         """
         originals: list[tuple[nn.Module, str, nn.Parameter]] = []
         try:
             for (path, name), difference in differences.items():
-                θ = self.model.get_submodule(path)._parameters[name]
+                θ = self.base.get_submodule(path)._parameters[name]
                 assert θ is not None
                 changed = (θ.float() + difference).to(θ.dtype)
                 for module, where in self._places[id(θ)]:
@@ -305,6 +326,12 @@ class Backbone:
         return dict.fromkeys(kinds | {"full_attention"}, hidden) if len(kinds) > 1 else hidden
 
 
+def _split(name: str) -> tuple[str, str]:
+    """A parameter's name as its module's path and its name there."""
+    path, _, last = name.rpartition(".")
+    return path, last
+
+
 class _Reached(Exception):
     """The pass has reached the block that was asked for."""
 
@@ -330,6 +357,7 @@ def load(
     be.
     """
     import transformers
+    from safetensors import SafetensorError
 
     transformers.utils.logging.disable_progress_bar()
     name = os.fspath(name_or_path)
@@ -340,25 +368,46 @@ def load(
             raise UsageError(f"{name}: no model here (a folder with config.json and *.safetensors is needed)")
     place = pick_device(device)
     implementation = attention if attention != "auto" else ("eager" if place.type == "cpu" else "sdpa")
+    options: dict[str, Any] = {"local_files_only": isinstance(where, Path) or not _hub_answers()}
     try:
-        config = transformers.AutoConfig.from_pretrained(where)
+        config = transformers.AutoConfig.from_pretrained(where, **options)
         architecture = (getattr(config, "architectures", None) or [""])[0]
-        if architecture.endswith("ForCausalLM"):
+        if architecture.endswith(("ForCausalLM", "LMHeadModel")):
             auto: Any = transformers.AutoModelForCausalLM
         elif architecture.endswith("ForConditionalGeneration"):
-            auto = transformers.AutoModelForSeq2SeqLM
+            paired = getattr(config, "is_encoder_decoder", False)
+            auto = transformers.AutoModelForSeq2SeqLM if paired else transformers.AutoModelForImageTextToText
         else:
             auto = transformers.AutoModel
-        model = auto.from_pretrained(where, dtype="auto", use_safetensors=True, attn_implementation=implementation)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, KeyError) as error:
+        options |= {"use_safetensors": True, "attn_implementation": implementation}
+        model, says = auto.from_pretrained(where, dtype="auto", output_loading_info=True, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, local_files_only=options["local_files_only"])
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
+        if isinstance(where, Path):
+            raise PolytaskError(f"{name}: a model that cannot be loaded: {reason}") from error
         raise UsageError(
             f"cannot load the backbone {name!r}: {reason} (give `{EMBEDDED}`, a model folder, or a hub id that can be "
             "reached)"
         ) from error
+    drawn = sorted(key for key in says["missing_keys"] if not any(f".{part}" in f".{key}" for part in UNREAD))
+    if drawn:
+        raise PolytaskError(f"{name}: no weights for {drawn[0]} and {len(drawn) - 1} more, which would be random numbers")
     tokenizer.padding_side = "right"
     return Backbone(model, tokenizer, name, precision=precision, device=place)
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached. Without this check, a wrong name on a machine without network takes half a minute
+    of retries."""
+    if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")):
+        return True
+    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        with socket.create_connection((address.hostname or "", address.port or 443), timeout=3):
+            return True
+    except OSError:
+        return False
 
 
 def embedded_folder() -> Path:
@@ -390,13 +439,15 @@ def padded(length: int) -> int:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes and values of the base model's weights, as they were stored."""
+    """SHA-256 over the names, shapes and values of the base model's weights, as they were stored; `UNREAD` left out."""
     sha = hashlib.sha256()
     state: Mapping[str, Tensor] = getattr(model, "base_model", model).state_dict()
     for name in sorted(state):
+        if name.startswith(UNREAD):
+            continue
         tensor = state[name].detach().cpu().contiguous()
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

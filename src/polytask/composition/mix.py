@@ -12,6 +12,12 @@ from dataclasses import dataclass
 
 from polytask.errors import UsageError
 
+KIND = "merge"
+NAME = "mixture"
+PLACE = "weights and activations"
+EQUATION = "y ← y + Σ_k w_k Δ_k"
+PAPER = "task arithmetic: Ilharco et al. 2022, arXiv 2212.04089"
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -42,6 +48,8 @@ def read_mixture(text: str) -> Mixture:
         if not star:
             number, name = "1", term
         try:
+            if not name.strip():
+                raise ValueError("no name")
             weights[name.strip()] = weights.get(name.strip(), 0.0) + float(number)
         except ValueError:
             raise UsageError(f"{term.strip()!r} in {text!r}: write a mixture as 0.7*name + 0.3*other") from None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from polytask.adapters import Adapter, HeadCard
-from polytask.backbones import Backbone
+from polytask.backbones import Backbone, heads
 from polytask.composition import Mixture
 from polytask.composition.routing.nearest_task import Choice, NearestTask, Profile
 from polytask.errors import PolytaskError, UsageError
@@ -73,6 +73,7 @@ class Engine:
         self.source = source
         self._loaded: dict[str, _Loaded] = {}
         self._names: dict[str, str] = {}
+        self._shapes: dict[Method, dict[str, torch.Size]] = {}
         self._plans: OrderedDict[tuple[str, ...], Plan] = OrderedDict()
         self._lock = threading.RLock()
         for adapter in adapters:
@@ -105,31 +106,34 @@ class Engine:
                 f"{adapter.backbone.fingerprint[:12]}…, this backbone is {self.backbone.name} with "
                 f"{self.backbone.fingerprint[:12]}…; load the backbone it names, or train it anew on this one"
             )
+        who = f"adapter {adapter.name} ({adapter.id})"
         method = build(adapter.method, adapter.hyperparameters)
-        expected = {name: t.shape for name, t in method.start(self.backbone, 0).items()}
-        own = {n: t.shape for n, t in adapter.tensors.items() if not n.startswith(("head/", "task/"))}
+        expected = self._expected(method, adapter.head)
+        own = {name: t for name, t in adapter.tensors.items() if not name.startswith("task/")}
         for name in sorted(expected.keys() ^ own.keys()):
             what = "lacks the tensor" if name in expected else "has a tensor of no known place,"
-            raise PolytaskError(
-                f"adapter {adapter.name} ({adapter.id}) {what} {name}; it is damaged or of another version"
-            )
+            raise PolytaskError(f"{who} {what} {name}; it is damaged or of another version")
         for name, shape in expected.items():
-            if own[name] != shape:
-                raise PolytaskError(
-                    f"adapter {adapter.name} ({adapter.id}): {name} is {list(own[name])}, {adapter.method} with its "
-                    f"hyperparameters makes {list(shape)} here"
-                )
+            if own[name].shape != shape:
+                owner = "its head" if name.startswith("head/") else f"{adapter.method} with its hyperparameters"
+                raise PolytaskError(f"{who}: {name} is {list(own[name].shape)}, {owner} makes {list(shape)} here")
+            if not bool(own[name].isfinite().all()):
+                raise PolytaskError(f"{who}: {name} holds numbers that are not finite; train it anew")
         head = {
             n.removeprefix("head/"): t.to(self.backbone.device)
             for n, t in adapter.tensors.items()
             if n.startswith("head/")
         }
-        if adapter.head is not None and adapter.head.targets and len(head["W"]) != len(adapter.head.targets):
-            raise PolytaskError(
-                f"adapter {adapter.name} ({adapter.id}): its head has {len(head['W'])} classes and "
-                f"{len(adapter.head.targets)} names for them"
-            )
         return _Loaded(adapter, method, Active.of(method, adapter.tensors), head)
+
+    def _expected(self, method: Method, head: HeadCard | None) -> dict[str, torch.Size]:
+        """The shape of every tensor that an adapter of this method with this head has on this backbone."""
+        if method not in self._shapes:
+            self._shapes[method] = {name: t.shape for name, t in method.start(self.backbone, 0).items()}
+        if head is None:
+            return self._shapes[method]
+        first = heads.start(head, self.backbone.hidden_size, 0)
+        return self._shapes[method] | {f"head/{name}": t.shape for name, t in first.items()}
 
     def find(self, ref: str) -> str:
         """The id of an adapter by id or name, loaded from the source if need be. Raises UsageError where it is not."""
@@ -144,7 +148,7 @@ class Engine:
     def answer(self, requests: Sequence[Request], limit: int = 256) -> list[Answer]:
         """An answer for each request, in order."""
         with self._lock, torch.no_grad():
-            return self._answer(list(requests), limit)
+            return self._answer([_parted(request) for request in requests], limit)
 
     def _answer(self, requests: list[Request], limit: int) -> list[Answer]:
         answers: list[Answer | None] = [None] * len(requests)
@@ -152,7 +156,9 @@ class Engine:
         open_ = [i for i, r in enumerate(requests) if r.adapter is None]
         if open_:
             ids, router = self.router()
-            choices = router.route(self.embed([self._text(requests[i]) for i in open_], limit))
+            texts = [Example("", r.input, pair=r.pair).text for r in (requests[i] for i in open_)]
+            fits = torch.tensor([[self._pairs(id) == (requests[i].pair is not None) for id in ids] for i in open_])
+            choices = router.route(self.embed(texts, limit), fits.reshape(len(open_), len(ids)))
             for i, choice in zip(open_, choices, strict=True):
                 if choice.index is None:
                     answers[i] = Answer(None, None, None, None, choice.probability)
@@ -205,23 +211,20 @@ class Engine:
         self._plans.move_to_end(ids)
         return self._plans[ids]
 
-    def _text(self, request: Request) -> str:
-        return Example("", request.input, pair=request.pair).text
-
     def _example(self, request: Request, head: HeadCard, adapter: Adapter) -> Example:
         """The request as its head reads it: a tagger gets words, a pair head two texts."""
         given: str | tuple[str, ...] = request.input
-        pair = request.pair
         if head.kind == "tagging" and isinstance(given, str):
             given = split_words(given)
-        if head.pair != "none" and pair is None:
-            first, tab, second = given.partition("\t") if isinstance(given, str) else ("", "", "")
-            if not tab:
-                raise UsageError(
-                    f"adapter {adapter.name} compares two texts and got one; give both (with a tab between them on a line)"
-                )
-            given, pair = first, second
-        return Example("", given, pair=pair)
+        if head.pair != "none" and request.pair is None:
+            raise UsageError(f"adapter {adapter.name} compares two texts and got one; put a tab between them")
+        if head.pair == "none" and request.pair is not None:
+            raise UsageError(f"adapter {adapter.name} reads one text and got a pair")
+        return Example("", given, pair=request.pair)
+
+    def _pairs(self, id: str) -> bool:
+        head = self._loaded[id].adapter.head
+        return head is not None and head.pair != "none"
 
     def router(self) -> tuple[list[str], NearestTask]:
         """The ids of the loaded adapters that have a profile, and the router over them."""
@@ -233,6 +236,14 @@ class Engine:
     def embed(self, texts: Sequence[str], limit: int = 256) -> Tensor:
         """Mean-pooled last hidden states [N, d] of the backbone alone, fp32, on the CPU."""
         return passes.embed(self.backbone, texts, limit)
+
+
+def _parted(request: Request) -> Request:
+    """A text with one tab in it is a pair."""
+    if request.pair is not None or not isinstance(request.input, str) or request.input.count("\t") != 1:
+        return request
+    first, second = request.input.split("\t")
+    return replace(request, input=first, pair=second)
 
 
 def split_words(text: str) -> tuple[str, ...]:

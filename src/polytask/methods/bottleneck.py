@@ -33,7 +33,6 @@ class Bottleneck(Method):
     """reduction: d / m, the width of the sublayer's output over the width of the bottleneck."""
 
     reduction: int = 16
-    dropout: float = 0.0
     sites: tuple[str, ...] = ("*.attn.o", "*.mlp.down")
 
     def init(self, site: Site, generator: torch.Generator) -> Params:
@@ -57,7 +56,6 @@ class Pfeiffer(Bottleneck):
     """reduction: d / m. x is the normed residual sum, y the sum itself."""
 
     reduction: int = 16
-    dropout: float = 0.0
     sites: tuple[str, ...] = ("*.sum",)
 
     def delta(self, p: Params, x: Tensor, y: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ Three ways to compute the sum, all tested equal:
   called once per adapter on its own rows where the tensors are large;
 * a method's own `mix`, a hand-tuned path (LoRA).
 
-Methods with `swaps` change weights instead: rows with equal weights on such adapters share a pass with θ + Σ w Δθ.
+Methods with `swaps` change weights instead: rows with equal weights on such adapters share a pass with θ + Σ w Δθ. So
+do rows whose adapters act where a module also runs on something that all rows share (`Backbone.rowless`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polytask.backbones import Backbone, Batch, Site
+from polytask.errors import PolytaskError
 from polytask.methods.method import Method, Params
 
 GATHER_LIMIT = 1 << 16  # numbers per adapter and site above which tensors are not copied per row
@@ -66,11 +68,15 @@ class Plan:
         self.adapters = tuple(adapters)
         self.training = training
         self.swapping = [k for k, a in enumerate(self.adapters) if a.method.swaps]
+        rowless = backbone.rowless
+        self.apart = [k for k, a in enumerate(self.adapters) if a.method.swaps or not rowless.isdisjoint(a.at)]
         self.groups: dict[str, list[Group]] = {}
         for k, adapter in enumerate(self.adapters):
             if adapter.method.swaps:
                 continue
             for site, params in adapter.at.items():
+                if site not in backbone.sites:
+                    raise PolytaskError(f"{backbone.name} has no site {site!r}, where a {adapter.method.name} has tensors")
                 groups = self.groups.setdefault(site, [])
                 for group in groups:
                     if group.takes(adapter.method, params):
@@ -93,17 +99,16 @@ class Plan:
         if weights is None:
             weights = torch.zeros(R, len(self.adapters), device=batch.ids.device)
             weights[:, 0] = 1.0
-        if not self.swapping:
+        if not self.apart:
             return self._pass(batch, weights, causal)
-        swaps = weights[:, self.swapping]
-        kinds, which = torch.unique(swaps, dim=0, return_inverse=True)
+        kinds, which = torch.unique(weights[:, self.apart], dim=0, return_inverse=True)
         if len(kinds) == 1:
-            with self.backbone.weights_changed(self._differences(kinds[0])):
+            with self.backbone.weights_changed(self._differences(weights[0])):
                 return self._pass(batch, weights, causal)
         out: Tensor | None = None
-        for i, kind in enumerate(kinds):
+        for i in range(len(kinds)):
             index = (which == i).nonzero()[:, 0]
-            with self.backbone.weights_changed(self._differences(kind)):
+            with self.backbone.weights_changed(self._differences(weights[index[0]])):
                 states = self._pass(batch.rows(index), weights[index], causal)
             if out is None:
                 out = states.new_zeros(R, *states.shape[1:])
@@ -112,8 +117,10 @@ class Plan:
         return out
 
     def _differences(self, weights: Tensor) -> dict[tuple[str, str], Tensor]:
+        """Σ w Δθ by (module path, parameter name), for one row's weights [K]."""
         total: dict[tuple[str, str], Tensor] = {}
-        for weight, k in zip(weights, self.swapping, strict=True):
+        for k in self.swapping:
+            weight = weights[k]
             if weight == 0:
                 continue
             for site, params in self.adapters[k].at.items():
@@ -131,8 +138,10 @@ class Plan:
     def _hooked(self, mix: Mix) -> Iterator[None]:
         handles = []
         try:
-            for name, groups in self.groups.items():
-                site = self.backbone.sites[name]
+            for name, site in self.backbone.sites.items():  # their order, so that the adapters' does not matter
+                groups = self.groups.get(name)
+                if not groups:
+                    continue
                 module = self.backbone.model.get_submodule(site.path)
                 change = self._change(site, groups, mix)
                 if site.point in ("output", "stream"):
@@ -146,10 +155,18 @@ class Plan:
 
     def _change(self, site: Site, groups: list[Group], mix: Mix) -> Callable[[Tensor, Tensor], Tensor]:
         def change(x: Tensor, y: Tensor) -> Tensor:
+            here = mix
+            if len(y) != len(mix.weights):
+                if site.name not in self.backbone.rowless:
+                    raise PolytaskError(
+                        f"site {site.name}: its module ran on {list(y.shape)} in a pass of {len(mix.weights)} rows, so "
+                        f"rows cannot have adapters of their own there"
+                    )
+                here = mix.shared
             if len(groups) == 1:
-                return self._mixed(groups[0], x, y, mix)
+                return self._mixed(groups[0], x, y, here)
             # Each Δ is computed from the same y, so that the order of the adapters does not matter.
-            return y + sum(self._mixed(group, x, y, mix) - y for group in groups)
+            return y + sum(self._mixed(group, x, y, here) - y for group in groups)
 
         return change
 
@@ -201,6 +218,11 @@ class Mix:
     def __init__(self, weights: Tensor) -> None:
         self.weights = weights
         self._of: dict[tuple[int, ...], Columns] = {}
+
+    @cached_property
+    def shared(self) -> Mix:
+        """The weights of what all rows share, which are those of any row: see `Plan.apart`."""
+        return Mix(self.weights[:1])
 
     def of(self, columns: Sequence[int]) -> Columns:
         key = tuple(columns)

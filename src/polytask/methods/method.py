@@ -59,6 +59,8 @@ class Method:
         generator = torch.Generator().manual_seed(seed)
         tensors: dict[str, Tensor] = {}
         for name in match(backbone.reader_sites, self.sites):
+            if name == "head":  # its tensors' names would be those of the task's head
+                raise UsageError(f"{self.name} cannot act at the site 'head': name the last block's output, '-1'")
             for parameter, tensor in self.init(backbone.reader_sites[name], generator).items():
                 tensors[f"{name}/{parameter}"] = tensor
         return tensors

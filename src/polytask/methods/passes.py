@@ -77,6 +77,16 @@ def packs(units: Sequence[Unit], budget: int = TOKENS_A_PASS) -> list[list[int]]
     return passes
 
 
+def schedule(
+    seats: Sequence[Seat], units: Sequence[Unit], which: Sequence[int], budget: int = TOKENS_A_PASS
+) -> Iterator[list[int]]:
+    """Passes of units whose seats agree on the causal mask, as indexes of units; see `packs`."""
+    for causal in sorted({seats[s].head.causal for s in which}):
+        chosen = [i for i, s in enumerate(which) if seats[s].head.causal == causal]
+        for pack in packs([units[i] for i in chosen], budget):
+            yield [chosen[j] for j in pack]
+
+
 def forward(
     plan: Plan, seats: Sequence[Seat], units: Sequence[Unit], which: Sequence[int], start: int = 0
 ) -> Iterator[tuple[int, list[int], Tensor]]:
@@ -161,22 +171,18 @@ def answer(
     A tagged row's probability is that of its least sure word; a word that was cut off gets the first target, `O`.
     """
     answers: list[tuple[Output, float | None]] = [("", None)] * len(units)
-    for causal in sorted({seats[s].head.causal for s in which}):
-        chosen = [i for i, s in enumerate(which) if seats[s].head.causal == causal]
-        for pack in packs([units[i] for i in chosen], budget):
-            index = [chosen[j] for j in pack]
-            for s, members, z in forward(plan, seats, [units[i] for i in index], [which[i] for i in index]):
-                head = seats[s].head
-                outputs, sure = heads.decode(head, z.cpu())
-                if head.kind != "tagging":
-                    for j, found in zip(members, zip(outputs, sure, strict=True), strict=True):
-                        answers[index[j]] = found
-                    continue
-                next_word = iter(zip(outputs, sure, strict=True))
-                for j in members:
-                    tags = [
-                        next(next_word) if at >= 0 else (head.targets[0], 0.0) for at in units[index[j]].starts or ()
-                    ]
-                    least = min((p for _, p in tags if p is not None), default=None)
-                    answers[index[j]] = (tuple(str(tag) for tag, _ in tags), least)
+    for pack in schedule(seats, units, which, budget):
+        for s, members, z in forward(plan, seats, [units[i] for i in pack], [which[i] for i in pack]):
+            head = seats[s].head
+            outputs, sure = heads.decode(head, z.cpu())
+            if head.kind != "tagging":
+                for j, found in zip(members, zip(outputs, sure, strict=True), strict=True):
+                    answers[pack[j]] = found
+                continue
+            next_word = iter(zip(outputs, sure, strict=True))
+            for j in members:
+                starts = units[pack[j]].starts or ()
+                tags = [next(next_word) if at >= 0 else (head.targets[0], 0.0) for at in starts]
+                least = min((p for _, p in tags if p is not None), default=None)
+                answers[pack[j]] = (tuple(str(tag) for tag, _ in tags), least)
     return answers

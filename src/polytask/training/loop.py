@@ -95,7 +95,7 @@ class Learner:
 
     @property
     def steps(self) -> int:
-        return self.steps_an_epoch * self.job.settings.epochs
+        return self.steps_an_epoch * self.job.settings.rounds(self.steps_an_epoch)
 
 
 def train(
@@ -115,8 +115,8 @@ def train(
     """
     tell = on_event or (lambda event: None)
     learners = [_prepare(backbone, job) for job in jobs]
-    began = time.perf_counter()
     for i, learner in enumerate(learners):
+        began = time.perf_counter()
         _probe(backbone, learner)
         learner.seconds = time.perf_counter() - began
         tell(Event("probe", i, score=learner.probe, seconds=learner.seconds))
@@ -207,7 +207,7 @@ def _probe(backbone: Backbone, learner: Learner) -> None:
         )
     learner.probe = learner.best = validate(p)
     learner.probe_tensors = {f"head/{name}": t.detach().clone() for name, t in p.items()}
-    learner.best_tensors = {name: t.clone() for name, t in learner.tensors.items()} | learner.probe_tensors
+    learner.best_tensors = {n: t.clone() for n, t in (learner.tensors | learner.probe_tensors).items()}
     softer = SOFTER if head.targets else 1.0
     learner.tensors |= {name: softer * t for name, t in learner.probe_tensors.items()}
 
@@ -292,7 +292,7 @@ class Loop:
             which += [s] * len(mine)
             index += mine
             learner.losses.append(0.0)
-        for pack in passes.packs(units):
+        for pack in passes.schedule(seats, units, which):
             total = torch.zeros((), device=self.backbone.device)
             for s, members, z in passes.forward(
                 plan, seats, [units[i] for i in pack], [which[i] for i in pack], self.start

@@ -16,30 +16,35 @@ LEARNING_RATES = {"lora": 2e-3, "bottleneck": 1e-3, "pfeiffer": 1e-3, "ia3": 1e-
 
 @dataclass(frozen=True)
 class Settings:
-    """lr: peak rate of the method's tensors (None: the method's own default). head_lr: of the head's. epochs: at most.
-    batch: examples a step. warmup: share of the steps over which the rate rises, before it falls to zero in a straight
-    line. weight_decay: AdamW's, on the method's tensors. clip: largest gradient norm. patience: evaluations without a
-    better validation score before it stops. balanced: weigh classes by their rarity. limit: tokens a text is cut to.
+    """lr: peak rate of the method's tensors (None: the method's own default). head_lr: of the head's. epochs: at most
+    (None: about 600 steps' worth, from 5 to 30). batch: examples a step. warmup: share of the steps over which the
+    rate rises, before it falls to zero in a straight line. weight_decay: AdamW's, on the method's tensors. clip:
+    largest gradient norm. patience: evaluations without a better validation score before it stops. balanced: weigh
+    classes by their rarity. limit: tokens a text is cut to.
     """
 
     lr: float | None = None
     head_lr: float = 1e-3
-    epochs: int = 10
+    epochs: int | None = None
     batch: int = 32
     warmup: float = 0.06
     weight_decay: float = 0.01
     clip: float = 1.0
-    patience: int = 3
+    patience: int = 5
     balanced: bool = False
     limit: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "patience", "limit"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} = {getattr(self, name)}: at least 1 is needed")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UsageError(f"{name} = {value}: at least 1 is needed")
         if self.lr is not None and not 0 < self.lr < 10:
             raise UsageError(f"lr = {self.lr}: a number between 0 and 10 is needed")
+
+    def rounds(self, steps: int) -> int:
+        """How many epochs of so many steps."""
+        return self.epochs if self.epochs is not None else min(30, max(5, round(600 / steps)))
 
     def rate(self, method: str) -> float:
         return self.lr if self.lr is not None else LEARNING_RATES.get(method, 1e-3)

@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+KIND = "router"
+NAME = "nearest-task"
+PLACE = "input"
 EQUATION = "p(t|x) ∝ exp(cos(e(x), μ_t)/τ); none if (cos − m_t)/s_t < −threshold"
 PAPER = "task centroids: Jang et al. 2023, arXiv 2302.03202"
 
@@ -60,10 +63,11 @@ class NearestTask:
 
     profiles: Sequence[Profile]
     temperature: float = 0.05
-    threshold: float = 3.0
+    threshold: float = 2.0
 
-    def route(self, embeddings: Tensor) -> list[Choice]:
-        """A choice for each row of embeddings [R, d]."""
+    def route(self, embeddings: Tensor, fits: Tensor | None = None) -> list[Choice]:
+        """A choice for each row of embeddings [R, d]. `fits` [R, tasks] bool says which tasks a row may go to at all
+        (a pair of texts only to a task over pairs); None: to any."""
         if not self.profiles:
             return [Choice(None, 0.0, 0.0)] * len(embeddings)
         e = F.normalize(embeddings.float(), dim=-1)
@@ -71,10 +75,12 @@ class NearestTask:
         m = torch.tensor([p.typical for p in self.profiles]).to(e)
         s = torch.tensor([p.spread for p in self.profiles]).to(e)
         c = e @ μ.T
+        if fits is not None:
+            c = c.masked_fill(~fits.to(c.device), -torch.inf)
         best = c.argmax(-1)
         p = (c / self.temperature).softmax(-1).gather(1, best[:, None])[:, 0]
         z = ((c - m) / s).gather(1, best[:, None])[:, 0]
         return [
-            Choice(None if zi < -self.threshold else i, pi, zi)
-            for i, pi, zi in zip(best.tolist(), p.tolist(), z.tolist(), strict=True)
+            Choice(i if zi >= -self.threshold else None, pi if zi > -torch.inf else 0.0, zi)
+            for i, pi, zi in zip(best.tolist(), p.nan_to_num(0.0).tolist(), z.tolist(), strict=True)
         ]

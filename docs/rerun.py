@@ -1,0 +1,50 @@
+"""Run the commands of the pages again and put what they print in: `python docs/rerun.py README.md docs/tutorial.md`.
+
+A block behind a line `<!-- run -->` is run: of a `console` block each line that begins with `$`, and a `python` block
+as a whole, whose output is the `text` block behind it. All blocks of a page share one new folder, in which `src` is the
+project's. Standard error is left out where a command does its work: it is the progress.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"(<!-- run -->\n)```(console|python)\n(.*?)```(\n\n```text\n.*?```)?", re.DOTALL)
+
+
+def run(command: list[str], folder: Path) -> str:
+    """What a command prints, with no space at the ends of lines."""
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    said = done.stderr if done.returncode else done.stdout
+    return "".join(f"{line.rstrip()}\n" for line in said.strip("\n").splitlines() if line.strip())
+
+
+def page(path: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "src").symlink_to(ROOT / "src")
+
+        def again(found: re.Match[str]) -> str:
+            mark, language, content, _ = found.groups()
+            if language == "python":
+                printed = run([sys.executable, "-c", content], folder)
+                return f"{mark}```python\n{content}```\n\n```text\n{printed}```"
+            parts = []
+            for command in re.findall(r"^\$ (.*)$", content, re.MULTILINE):
+                print(command, file=sys.stderr, flush=True)
+                parts.append(f"$ {command}\n{run(['bash', '-c', command], folder)}")
+            return f"{mark}```console\n{''.join(parts)}```"
+
+        path.write_text(BLOCK.sub(again, path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        page(Path(name))

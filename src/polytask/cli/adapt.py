@@ -1,0 +1,169 @@
+"""`polytask adapt`: teach a task to a frozen backbone, and keep the adapter in a library."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from polytask.cli import options, show
+from polytask.cli.checkpoints import folder_for, resumable
+from polytask.cli.progress import Progress
+
+if TYPE_CHECKING:
+    from polytask.adapters import Adapter
+
+
+def adapt(
+    task: options.TaskSource,
+    base: options.Base = "minilm",
+    library: options.Library = options.LIBRARY,
+    name: Annotated[
+        str | None, typer.Option("--name", "-n", metavar="NAME", help="What to call it; the task's name if not given.")
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            "-m",
+            metavar="NAME",
+            help="A method of `polytask methods`, or auto: lora, if it beats frozen features.",
+        ),
+    ] = "auto",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A hyperparameter of the method; may be given again."),
+    ] = None,
+    input: options.Input = None,
+    output: options.Output = None,
+    pair: options.Pair = None,
+    kind: options.Kind = None,
+    metric: options.Metric = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            "--lr",
+            metavar="RATE",
+            help="Peak learning rate; the method's own if not given.",
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    epochs: options.Epochs = None,
+    batch: options.BatchSize = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of all random numbers.", rich_help_panel="Training")] = 0,
+    balanced: options.Balanced = False,
+    pool: options.Pool = None,
+    pair_mode: options.PairMode = "separate",
+    bidirectional: options.Bidirectional = False,
+    precision: options.Precision = "auto",
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--checkpoint",
+            metavar="DIR",
+            help="Keep checkpoints in this folder, and leave the last one there; hidden in the library if not given.",
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Go on from the checkpoint of the same command where one is left.",
+            rich_help_panel="Training",
+        ),
+    ] = True,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Learn a task from examples and keep the adapter.
+
+    From a file; columns are guessed where that is clear:
+      polytask adapt tickets.csv
+      polytask adapt tickets.csv --input text --output team
+    Pairs of texts:
+      polytask adapt pairs.jsonl -i first --pair second -o same
+    A method of your choice, with its hyperparameters:
+      polytask adapt my-task/ --method lora --set r=16 --epochs 20
+    A dataset of the Hugging Face hub on another backbone:
+      polytask adapt hf:SetFit/sst2 --base roberta-base
+
+    Missing validation and test splits are made, with a fixed seed. The score
+    is that of the test split with its 95 % interval; the baseline is a linear
+    head on frozen features. If it is stopped, the same command goes on.
+    """
+    data = options.read_task(task, input=input, output=output, pair=pair, kind=kind, name=name, metric=metric)
+    chosen = options.settings(lr=lr, epochs=epochs, batch=batch, seed=seed, balanced=balanced)
+
+    from polytask.backbones import load
+    from polytask.library import Library
+    from polytask.methods import build
+    from polytask.recipes.adapt import Plan, adapt_many, default_pool
+
+    hyperparameters = options.pairs(set_ or (), "--set")
+    build("lora" if method == "auto" else method, hyperparameters)  # a wrong name is told before a model is loaded
+    backbone = load(base, precision=precision)  # type: ignore[arg-type]
+    plan = Plan(
+        data, method, hyperparameters, chosen, pool or default_pool(backbone), pair_mode, causal=not bidirectional
+    )
+    kept = Library(library)
+    folder = checkpoint or folder_for(library, backbone, [plan])
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    quiet = quiet or json
+    with (
+        resumable(folder, keep=checkpoint is not None),
+        Progress([(data.name, data.metric)], quiet=quiet) as progress,
+    ):
+        progress.say(f"{data.name}: {data.kind}, {len(data.train)} training examples; {base} on {backbone.device}")
+        [adapter] = adapt_many(backbone, [plan], folder=folder, on_event=progress)
+        progress.finish(0)
+        kept.add(adapter)
+    result = report(adapter, library)
+    if json:
+        show.write_json(result)
+        return
+    rows = show.table("", "")
+    rows.add_row("adapter", f"{result['name']} ({result['adapter']})")
+    rows.add_row("task", f"{data.kind}, {', '.join(f'{n} {split}' for split, n in result['sizes'].items())}")
+    rows.add_row("method", f"{result['method']} on {result['base']}")
+    rows.add_row(result["metric"], f"{show.score(result['score'], *result['interval'])} on {result['split']}")
+    if result["baseline"] is not None:
+        rows.add_row("frozen features", f"{result['baseline']:.3f}")
+    trained, whole = result["trainable_params"], result["backbone_params"]
+    rows.add_row("trained", f"{trained:,} parameters, {show.share(trained, whole)} of the backbone")
+    rows.add_row("time, size", f"{result['seconds']:.1f} s, {show.size(result['bytes'])}")
+    for note in result["notes"]:
+        rows.add_row("note", note)
+    rows.show_header = False
+    where = "" if library == options.LIBRARY else f" --library {library}"
+    show.write(rows, f"Kept in {library}. Ask it: echo 'a text' | polytask predict{where} --adapter {data.name}")
+
+
+def report(adapter: Adapter, library: Path) -> dict[str, Any]:
+    """What a program is told about a new adapter."""
+    card = adapter.card
+    split = next((s for s in ("test", "validation") if s in card.scores), None)
+    found = card.scores[split] if split else None
+    baseline = card.scores.get("baseline")
+    return {
+        "adapter": adapter.id,
+        "name": adapter.name,
+        "task": card.task.name,
+        "base": adapter.backbone.name,
+        "method": adapter.method,
+        "metric": card.task.metric,
+        "score": found.value if found else None,
+        "interval": [found.low, found.high] if found else [None, None],
+        "split": split,
+        "baseline": baseline.value if baseline else None,
+        "trainable_params": card.trained_parameters,
+        "backbone_params": adapter.backbone.parameters,
+        "seconds": card.seconds,
+        "bytes": adapter.bytes,
+        "sizes": card.task.sizes,
+        "notes": list(card.notes),
+        "library": str(library),
+    }

@@ -1,0 +1,136 @@
+"""Options that several commands share, so that a name means the same everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from polytask.errors import UsageError
+
+if TYPE_CHECKING:
+    from polytask.tasks import Task
+    from polytask.training import Settings
+
+LIBRARY = Path("skills")
+
+TaskSource = Annotated[
+    str,
+    typer.Argument(
+        metavar="TASK",
+        help="A CSV, TSV, JSONL, JSON or Parquet file, a folder with task.yaml or with train.csv, test.csv, ..., a "
+        "Super-NaturalInstructions file, or hf:NAME for a dataset of the Hugging Face hub.",
+        show_default=False,
+    ),
+]
+Library = Annotated[Path, typer.Option("--library", "-l", metavar="DIR", help="The library: a folder of adapters.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result.")]
+Base = Annotated[
+    str,
+    typer.Option("--base", "-b", metavar="NAME", help="minilm (embedded), a model folder, or a Hugging Face model id."),
+]
+Precision = Annotated[
+    str,
+    typer.Option("--precision", metavar="TYPE", help="fp32, bf16, or auto: bf16 where the processor computes in it."),
+]
+
+_DATA = "Reading the task"
+Input = Annotated[
+    str | None,
+    typer.Option("--input", "-i", metavar="COLUMN", help="The column with the text.", rich_help_panel=_DATA),
+]
+Output = Annotated[
+    str | None,
+    typer.Option("--output", "-o", metavar="COLUMN", help="The column with the answer.", rich_help_panel=_DATA),
+]
+Pair = Annotated[
+    str | None,
+    typer.Option("--pair", metavar="COLUMN", help="The column with the second text of a pair.", rich_help_panel=_DATA),
+]
+Kind = Annotated[
+    str | None,
+    typer.Option(
+        "--kind",
+        metavar="KIND",
+        help="classification, multilabel, tagging, regression or similarity. Guessed where it is clear.",
+        rich_help_panel=_DATA,
+    ),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option("--metric", metavar="NAME", help="accuracy, macro_f1, span_f1, spearman, ...", rich_help_panel=_DATA),
+]
+
+_TRAINING = "Training"
+Epochs = Annotated[
+    int | None,
+    typer.Option("--epochs", metavar="N", help="Passes over the data, at most.", rich_help_panel=_TRAINING),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch", metavar="N", help="Examples a step.", rich_help_panel=_TRAINING),
+]
+Balanced = Annotated[bool, typer.Option("--balanced", help="Weigh classes by their rarity.", rich_help_panel=_TRAINING)]
+Pool = Annotated[
+    str | None,
+    typer.Option(
+        "--pool",
+        metavar="POOL",
+        help="mean, first, last or attention: how tokens become one vector. If not given, last for causal models and "
+        "mean for others.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+PairMode = Annotated[
+    str,
+    typer.Option(
+        "--pair-mode",
+        metavar="MODE",
+        help="separate or joint: encode the texts of a pair apart, or as one.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+Bidirectional = Annotated[
+    bool, typer.Option("--bidirectional", help="Drop a decoder's causal mask.", rich_help_panel=_TRAINING)
+]
+
+
+def read_task(
+    source: str,
+    *,
+    input: str | None = None,
+    output: str | None = None,
+    pair: str | None = None,
+    kind: str | None = None,
+    name: str | None = None,
+    metric: str | None = None,
+) -> Task:
+    """The task of `source`, with the kind checked, which on a command line is any text."""
+    from polytask.tasks import Task
+    from polytask.tasks.tables import near
+    from polytask.tasks.task import KINDS
+
+    if kind is not None and kind not in KINDS:
+        raise UsageError(f"--kind {kind}: one of {', '.join(KINDS)}{near(kind, KINDS)}")
+    return Task.read(source, input=input, output=output, pair=pair, kind=kind, name=name, metric=metric)  # type: ignore[arg-type]
+
+
+def settings(**given: Any) -> Settings:
+    """Training settings; what is None keeps its default."""
+    from polytask.training import Settings
+
+    return Settings(**{name: value for name, value in given.items() if value is not None})
+
+
+def pairs(values: Sequence[str], option: str) -> dict[str, str]:
+    """`["r=16", "alpha=32"]` as a dictionary."""
+    found: dict[str, str] = {}
+    for value in values:
+        name, equals, content = value.partition("=")
+        if not equals or not name.strip():
+            raise UsageError(f"{option} {value!r}: write it as NAME=VALUE, such as {option} r=16")
+        found[name.strip()] = content.strip()
+    return found

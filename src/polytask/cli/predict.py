@@ -1,0 +1,221 @@
+"""`polytask predict`: answers to lines of text, by the adapter that is named or the one that the router picks."""
+
+from __future__ import annotations
+
+import json as jsons
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from polytask.cli import options, show
+from polytask.errors import PolytaskError, UsageError
+
+if TYPE_CHECKING:
+    from polytask.backbones import Backbone
+    from polytask.composition import Mixture
+    from polytask.inference import Answer, Engine, Request
+    from polytask.library import Entry
+    from polytask.skills import Library
+
+BATCH = 256  # lines answered together, at most
+LINE_LIMIT = 1 << 20  # bytes; a longer line is a file that lost its line ends
+
+
+def predict(
+    library: options.Library = options.LIBRARY,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="REF",
+            help="Who answers: a name, name@version, an id, or a mixture such as '0.7*a + 0.3*b'. Routed if not given.",
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", metavar="FILE", help="Lines to read; standard input if not given.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", "-b", metavar="NAME", help="The backbone, where the adapters' own name does not load."),
+    ] = None,
+    precision: options.Precision = "auto",
+    json: options.Json = False,
+) -> None:
+    r"""Answer lines of text with the adapters of a library.
+
+    The adapter is picked for each line:
+      echo "my card was charged twice" | polytask predict
+    One adapter, and JSON lines for a program:
+      polytask predict --file new.txt --adapter tickets --json
+    A mixture of two:
+      polytask predict --file new.txt --adapter "0.7*first + 0.3*second"
+    Pairs of texts, with a tab between, or as JSON:
+      printf 'How do I thaw bread?\tCan I freeze bread?' | polytask predict
+      echo '{"input": "one", "pair": "two"}' | polytask predict --json
+
+    Each line is one input. Without --adapter the router picks the adapter
+    whose task is nearest, or says "none of these" (in JSON, output and adapter
+    are null). With --json a line may also be an object with "input" (a text,
+    or a list of words for a tagger), "pair" and "adapter".
+    """
+    if file is not None and not file.is_file():
+        from polytask.tasks.tables import check_file
+
+        check_file(file)
+        raise UsageError(f"{file}: is no file; give a file with one input a line")
+
+    from polytask.skills import Library
+
+    engine, ref = _who(Library(library, create=False), adapter, base, precision)
+    if file is None:
+        if sys.stdin.isatty():
+            print("one input a line; Ctrl-D ends", file=sys.stderr)
+        _answer(engine, ref, sys.stdin.buffer, "standard input", json)
+    else:
+        with file.open("rb") as stream:
+            _answer(engine, ref, stream, str(file), json)
+
+
+def _who(kept: Library, adapter: str | None, base: str | None, precision: str) -> tuple[Engine, str | Mixture | None]:
+    """The engine and who is to answer. Only what is asked for is loaded: a library may hold thousands."""
+    from polytask.backbones import load
+    from polytask.composition.mix import read_mixture
+    from polytask.inference import Engine
+
+    if adapter is None:
+        entries = kept.list()
+        if entries:
+            kept.use(_backbone(entries, base, precision, load))
+        return kept.engine(), None
+    ref: str | Mixture = adapter
+    try:
+        entries = (kept.entry(adapter),)
+    except UsageError:
+        if not re.search(r"[*+]", adapter):
+            raise
+        ref = read_mixture(adapter)
+        entries = tuple(kept.entry(name) for name, _ in ref.weights)
+    engine = Engine(_backbone(entries, base, precision, load), source=kept)
+    for entry in entries:
+        engine.add(kept.get(entry.id))
+    return engine, (entries[0].id if isinstance(ref, str) else ref)
+
+
+def _backbone(entries: tuple[Entry, ...], base: str | None, precision: str, load: Any) -> Backbone:
+    """The one backbone of these adapters."""
+    names = sorted({entry.backbone for entry in entries})
+    if base is None and len({entry.fingerprint for entry in entries}) > 1:
+        raise UsageError(f"these adapters belong to several backbones ({', '.join(names)}); say which with --base")
+    found: Backbone = load(base or names[0], precision=precision)
+    return found
+
+
+def _answer(engine: Engine, ref: str | Mixture | None, stream: IO[bytes], where: str, json: bool) -> None:
+    """Answers as the lines come: what has arrived is answered together, so a slow pipe does not wait for a batch."""
+    for lines in batches(stream):
+        requests = [_request(text, f"{where}, line {n}", ref, json) for n, text in lines]
+        asked = [i for i, request in enumerate(requests) if request.input]
+        found = dict(zip(asked, engine.answer([requests[i] for i in asked]), strict=True))
+        for i, request in enumerate(requests):
+            row = described(engine, request, found.get(i))
+            if json:
+                show.write_json(row)
+            else:
+                print(_line(row))
+        sys.stdout.flush()
+
+
+def batches(stream: IO[bytes]) -> Iterator[list[tuple[int, bytes]]]:
+    """Numbered lines without their ends, as many as there are to read now and BATCH at most."""
+    read = getattr(stream, "read1", stream.read)
+    number, rest = 0, b""
+    while chunk := read(1 << 16):
+        *lines, rest = (rest + chunk).split(b"\n")
+        if len(rest) > LINE_LIMIT:
+            raise PolytaskError(f"line {number + len(lines) + 1} is longer than 1 MB; give one input a line")
+        numbered = [(number + n, line) for n, line in enumerate(lines, 1)]
+        number += len(lines)
+        for begin in range(0, len(numbered), BATCH):
+            yield numbered[begin : begin + BATCH]
+    if rest:
+        yield [(number + 1, rest)]
+
+
+def _request(line: bytes, where: str, ref: str | Mixture | None, json: bool) -> Request:
+    from polytask.inference import Request
+
+    try:
+        text = line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8").rstrip("\r")
+    except UnicodeDecodeError as error:
+        raise PolytaskError(f"{where}: byte {error.start + 1} is not UTF-8; save the text as UTF-8") from None
+    if json and re.match(r'\s*\{\s*"', text):
+        return _record(text, where, ref)
+    if not text.strip():
+        return Request("", adapter=ref)
+    if text.count("\t") == 1:
+        first, second = text.split("\t")
+        if not first.strip() or not second.strip():
+            raise PolytaskError(f"{where}: one of the two texts of the pair is missing")
+        return Request(first, second, ref)
+    return Request(text, adapter=ref)
+
+
+def _record(text: str, where: str, ref: str | Mixture | None) -> Request:
+    """An input written as a JSON object."""
+    from polytask.inference import Request
+
+    shape = '{"input": "a text", "pair": "a second one, if any"}'
+    try:
+        record = jsons.loads(text)
+    except ValueError as error:
+        raise PolytaskError(f"{where}: broken JSON ({getattr(error, 'msg', error)}); write {shape}") from None
+    given, pair, adapter = record.get("input"), record.get("pair"), record.get("adapter")
+    words = isinstance(given, list) and bool(given) and all(isinstance(word, str) for word in given)
+    if not (isinstance(given, str) or words):
+        raise PolytaskError(f"{where}: the object has no text as its input; write {shape}")
+    for name, value in (("pair", pair), ("adapter", adapter)):
+        if value is not None and not isinstance(value, str):
+            raise PolytaskError(f"{where}: {name} is a {type(value).__name__}; it must be a text")
+    if re.search("[\ud800-\udfff]", f"{given}{pair}"):
+        raise PolytaskError(f"{where}: has half of a surrogate pair (\\ud800 to \\udfff); mend it")
+    if isinstance(given, str) and not given.strip():
+        return Request("", adapter=ref)
+    return Request(tuple(given) if words else given, pair, adapter or ref)
+
+
+def described(engine: Engine, request: Request, answer: Answer | None) -> dict[str, Any]:
+    """One answer as JSON has it; `answer` is None for an empty input."""
+    from polytask.inference.engine import split_words
+
+    given = request.input
+    row: dict[str, Any] = {
+        "input": list(given) if isinstance(given, tuple) else given,
+        "pair": request.pair,
+        "output": None,
+        "probability": None,
+        "adapter": None,
+        "name": None,
+        "routed": None,
+    }
+    if answer is None:
+        return row
+    output = answer.output
+    row["output"] = list(output) if isinstance(output, tuple) else output
+    row |= {"probability": answer.probability, "adapter": answer.adapter, "name": answer.name, "routed": answer.routed}
+    reader = next((a for a in engine.adapters if a.id == answer.adapter), None)
+    if reader is not None and reader.head is not None and reader.head.kind == "tagging":
+        row["tokens"] = list(given) if isinstance(given, tuple) else list(split_words(given))
+    return row
+
+
+def _line(row: dict[str, Any]) -> str:
+    """Answer, how sure, by whom, and the input, in columns that a tab separates."""
+    output = show.answer(tuple(row["output"]) if isinstance(row["output"], list) else row["output"], row.get("tokens"))
+    given = " ".join(row["input"]) if isinstance(row["input"], list) else row["input"]
+    text = given if row["pair"] is None else f"{given}  ⇄  {row['pair']}"
+    return "\t".join([output, show.percent(row["probability"]), row["name"] or "-", text])

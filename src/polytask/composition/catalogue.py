@@ -1,0 +1,38 @@
+"""What there is to compose adapters with. A module of this folder, at any depth, that says what it is gets listed:
+
+KIND = "router"             or "merge", "hypernetwork"
+NAME = "nearest-task"
+PLACE = "input"             a router's granularity; where a merge or a hypernetwork acts
+EQUATION, PAPER             one line each
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Part:
+    """One published way to compose adapters, as its module describes itself."""
+
+    name: str
+    kind: Literal["router", "merge", "hypernetwork"]
+    place: str
+    equation: str
+    paper: str
+    module: str
+
+
+def catalogue() -> list[Part]:
+    """Every part, by kind and name."""
+    import polytask.composition as folder
+
+    found = []
+    for each in pkgutil.walk_packages(folder.__path__, folder.__name__ + "."):
+        module = importlib.import_module(each.name)
+        if hasattr(module, "KIND"):
+            found.append(Part(module.NAME, module.KIND, module.PLACE, module.EQUATION, module.PAPER, each.name))
+    return sorted(found, key=lambda part: (part.kind, part.name))

@@ -1,0 +1,251 @@
+"""Small charts as plain SVG: lines with labels at their ends, and points with intervals.
+
+Colours are CSS classes (`c0` to `c6`, defined by the page), so that one drawing fits light and dark. Beyond seven
+series the dash and the marker tell them apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+COLOURS = 7
+DASHES = ("", "7 4", "2 3", "9 3 2 3")
+LETTER = 6.6  # width of a letter of a label, px, generously
+LINE = 15  # height of a label, px
+
+
+@dataclass(frozen=True)
+class Curve:
+    """`runs` are lines of the same look, each a list of (x, y). One of a single point is drawn as a level."""
+
+    name: str
+    runs: Sequence[Sequence[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
+class Point:
+    name: str
+    x: float
+    y: float
+    low: float
+    high: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """From `low` to `high`, both drawn; `log` in powers of ten."""
+
+    label: str
+    low: float
+    high: float
+    log: bool = False
+
+    def share(self, value: float) -> float:
+        """Where a value lies, 0 to 1."""
+        if self.log:
+            return (math.log10(value) - math.log10(self.low)) / (math.log10(self.high) - math.log10(self.low))
+        return (value - self.low) / (self.high - self.low)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        if not self.log:
+            step = _step(self.high - self.low)
+            first = math.ceil(self.low / step - 1e-9)
+            values = [n * step for n in range(first, math.floor(self.high / step + 1e-9) + 1)]
+            places = max(0, -math.floor(math.log10(step) + 1e-9))
+            return [(v, f"{v:.{places}f}") for v in values]
+        bottom, top = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+        for factors in ((1,), (1, 3), (1, 2, 5)):
+            values = [f * 10.0**n for n in range(bottom, top + 1) for f in factors]
+            inside = [v for v in values if self.low * 0.999 <= v <= self.high * 1.001]
+            if len(inside) >= 3:
+                break
+        return [(v, short(v)) for v in inside]
+
+
+def axis(label: str, values: Sequence[float], *, log: bool = False, margin: float = 0.06) -> Axis:
+    """An axis that holds the values with some room on both sides."""
+    low, high = min(values), max(values)
+    if log:
+        low, high = max(low, 1e-9), max(high, 1e-9)
+        span = max(math.log10(high / low), 0.5)
+        return Axis(label, low / 10 ** (span * margin * 2), high * 10 ** (span * margin * 2), True)
+    span = high - low or max(abs(high), 1.0) * 0.1
+    return Axis(label, low - span * margin, high + span * margin)
+
+
+def short(value: float) -> str:
+    """1,500,000 as 1.5M."""
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= factor:
+            return f"{value / factor:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def curves(title: str, x: str, y: str, lines: Sequence[Curve], width: int = 960) -> str:
+    """Lines over a shared linear x that starts at 0, each named at its right end."""
+    points = [point for curve in lines for run in curve.runs for point in run]
+    height = max(380, LINE * len(lines) + 110)
+    right = 24 + LETTER * max((len(curve.name) for curve in lines), default=0)
+    longest = max([1.0, *(px for px, _ in points)])
+    frame = _Frame(width, height, Axis(x, 0.0, longest), axis(y, [py for _, py in points] or [0, 1]), right=right)
+    marks, ends = [], []
+    for i, curve in enumerate(lines):
+        dash = DASHES[i // COLOURS % len(DASHES)]
+        for run in curve.runs:
+            level = len(run) == 1
+            drawn = [(0.0, run[0][1]), (longest, run[0][1])] if level else run
+            path = "M" + "L".join(f"{frame.x(px):.1f} {frame.y(py):.1f}" for px, py in drawn)
+            style = ' stroke-dasharray="2 4"' if level else f' stroke-dasharray="{dash}"' if dash else ""
+            marks.append(
+                f'<path class="line c{i % COLOURS}" d="{path}"{style}><title>{escape(curve.name)}</title></path>'
+            )
+            for px, py in () if level else run:
+                spot = f'cx="{frame.x(px):.1f}" cy="{frame.y(py):.1f}" r="2.6"'
+                note = escape(f"{curve.name}, {x} {px:g}: {py:.3f}")
+                marks.append(f'<circle class="dot c{i % COLOURS}" {spot}><title>{note}</title></circle>')
+        if curve.runs:
+            last = max((run[-1] for run in curve.runs), key=lambda point: point[0])
+            at = longest if len(curve.runs[0]) == 1 else last[0]
+            ends.append((i, curve.name, frame.x(at), frame.y(sum(run[-1][1] for run in curve.runs) / len(curve.runs))))
+    places = _apart([y for _, _, _, y in ends], frame.top, frame.bottom)
+    edge = frame.right + 8
+    for (i, name, at, level_y), place in zip(ends, places, strict=True):
+        leader = f"M{at:.1f} {level_y:.1f}L{frame.right:.1f} {level_y:.1f}L{edge:.1f} {place:.1f}"
+        marks.append(f'<path class="leader c{i % COLOURS}" d="{leader}"/>')
+        marks.append(f'<circle class="dot c{i % COLOURS}" cx="{edge:.1f}" cy="{place:.1f}" r="3.5"/>')
+        marks.append(f'<text class="name" x="{edge + 7:.1f}" y="{place + 4:.1f}">{escape(name)}</text>')
+    return frame.svg(title, marks)
+
+
+def scatter(title: str, x: str, y: str, points: Sequence[Point], width: int = 620, height: int = 430) -> str:
+    """Points with vertical interval bars over a logarithmic x, each with its name beside it."""
+    ys = [value for p in points for value in (p.low, p.high)]
+    frame = _Frame(width, height, axis(x, [p.x for p in points], log=True, margin=0.08), axis(y, ys), right=24)
+    marks: list[str] = []
+    taken: list[tuple[float, float, float, float]] = []
+    for p in points:
+        px, py = frame.x(p.x), frame.y(p.y)
+        taken.append((px - 7, py - 7, px + 7, py + 7))
+    bars = [(frame.x(p.x) - 3, frame.y(p.high), frame.x(p.x) + 3, frame.y(p.low)) for p in points]
+    for i, p in enumerate(points):
+        px, py, colour = frame.x(p.x), frame.y(p.y), f"c{i % COLOURS}"
+        low, high = frame.y(p.low), frame.y(p.high)
+        bar = f"M{px:.1f} {low:.1f}V{high:.1f}M{px - 5:.1f} {low:.1f}h10M{px - 5:.1f} {high:.1f}h10"
+        note = escape(f"{p.name}: {p.y:.3f} [{p.low:.3f}, {p.high:.3f}], {p.note}")
+        marks.append(f'<path class="bar {colour}" d="{bar}"/>')
+        marks.append(f'<path class="dot {colour}" d="{_marker(i // COLOURS, px, py)}"><title>{note}</title></path>')
+    for p in points:
+        px, py = frame.x(p.x), frame.y(p.y)
+        wide = LETTER * len(p.name)
+        spots = [
+            (px + dx if dx > 0 else px + dx - wide, py + dy)
+            for dy in (0, -16, 16, -32, 32, -48, 48, -64, 64)
+            for dx in (11, -11)
+        ]
+        boxes = [(left, middle - LINE / 2, left + wide, middle + LINE / 2) for left, middle in spots]
+        best = min(boxes, key=lambda box: _cost(box, taken, bars, frame, (px, py)))
+        taken.append(best)
+        left, middle = best[0], (best[1] + best[3]) / 2
+        if abs(middle - py) > LINE:
+            near = left if left > px else best[2]
+            marks.append(f'<path class="leader" d="M{px:.1f} {py:.1f}L{near:.1f} {middle:.1f}"/>')
+        marks.append(f'<text class="name" x="{left:.1f}" y="{middle + 4:.1f}">{escape(p.name)}</text>')
+    return frame.svg(title, marks)
+
+
+class _Frame:
+    """Axes, grid and the way from values to pixels."""
+
+    def __init__(self, width: int, height: int, x: Axis, y: Axis, *, right: float) -> None:
+        self.width, self.height, self.axes = width, height, (x, y)
+        self.left, self.top, self.right, self.bottom = 64.0, 16.0, width - right, height - 52.0
+
+    def x(self, value: float) -> float:
+        return self.left + self.axes[0].share(value) * (self.right - self.left)
+
+    def y(self, value: float) -> float:
+        return self.bottom - self.axes[1].share(value) * (self.bottom - self.top)
+
+    def svg(self, title: str, marks: Sequence[str]) -> str:
+        x, y = self.axes
+        parts = []
+        for value, text in y.ticks():
+            at = self.y(value)
+            parts.append(f'<path class="grid" d="M{self.left} {at:.1f}H{self.right:.1f}"/>')
+            parts.append(f'<text class="tick" x="{self.left - 8}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
+        for value, text in x.ticks():
+            at = self.x(value)
+            parts.append(f'<path class="grid" d="M{at:.1f} {self.top}V{self.bottom}"/>')
+            parts.append(f'<text class="tick" x="{at:.1f}" y="{self.bottom + 18}" text-anchor="middle">{text}</text>')
+        parts.append(f'<path class="frame" d="M{self.left} {self.top}V{self.bottom}H{self.right:.1f}"/>')
+        middle, centre = (self.left + self.right) / 2, (self.top + self.bottom) / 2
+        below = self.height - 10
+        parts.append(f'<text class="axis" x="{middle:.1f}" y="{below}" text-anchor="middle">{escape(x.label)}</text>')
+        turned = f'transform="translate(16 {centre:.1f}) rotate(-90)" text-anchor="middle"'
+        parts.append(f'<text class="axis" {turned}>{escape(y.label)}</text>')
+        box = f'viewBox="0 0 {self.width} {self.height}"'
+        return f'<svg {box} role="img" aria-label="{escape(title)}">{"".join(parts)}{"".join(marks)}</svg>'
+
+
+def _step(span: float) -> float:
+    """A round step that gives about six ticks."""
+    rough = span / 6
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+
+
+def _apart(places: Sequence[float], top: float, bottom: float) -> list[float]:
+    """The places moved as little as lets labels stand a line apart, between top and bottom."""
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    moved = [places[i] for i in order]
+    for _ in range(200):
+        still = True
+        for a in range(len(moved) - 1):
+            short_of = LINE - (moved[a + 1] - moved[a])
+            if short_of > 0.1:
+                moved[a], moved[a + 1], still = moved[a] - short_of / 2, moved[a + 1] + short_of / 2, False
+        if moved and moved[0] < top:
+            moved[0], still = top, False
+        if moved and moved[-1] > bottom:
+            moved[-1], still = bottom, False
+        if still:
+            break
+    found = [0.0] * len(places)
+    for i, place in zip(order, moved, strict=True):
+        found[i] = place
+    return found
+
+
+def _cost(
+    box: tuple[float, float, float, float],
+    taken: Sequence[tuple[float, float, float, float]],
+    bars: Sequence[tuple[float, float, float, float]],
+    frame: _Frame,
+    to: tuple[float, float],
+) -> float:
+    """How bad a place for a label is: over others worst, outside next, over a bar, far away least."""
+
+    def over(other: tuple[float, float, float, float]) -> float:
+        wide = min(box[2], other[2]) - max(box[0], other[0])
+        high = min(box[3], other[3]) - max(box[1], other[1])
+        return wide * high if wide > 0 and high > 0 else 0.0
+
+    outside = max(0.0, frame.left - box[0]) + max(0.0, box[2] - frame.width + 2)
+    outside += max(0.0, frame.top - box[1]) + max(0.0, box[3] - frame.bottom)
+    distance = abs((box[1] + box[3]) / 2 - to[1])
+    return 100 * sum(map(over, taken)) + 50 * outside + 10 * sum(map(over, bars)) + distance
+
+
+def _marker(shape: int, x: float, y: float) -> str:
+    """A disc, square, triangle or diamond around a point."""
+    shapes: tuple[Callable[[], str], ...] = (
+        lambda: f"M{x - 5:.1f} {y:.1f}a5 5 0 1 0 10 0a5 5 0 1 0 -10 0z",
+        lambda: f"M{x - 4.5:.1f} {y - 4.5:.1f}h9v9h-9z",
+        lambda: f"M{x:.1f} {y - 6:.1f}l5.5 10h-11z",
+        lambda: f"M{x:.1f} {y - 6.5:.1f}l6 6.5l-6 6.5l-6 -6.5z",
+    )
+    return shapes[shape % len(shapes)]()
