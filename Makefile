@@ -12,7 +12,7 @@ STAMP := $(VENV)/.set-up
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help setup demo test test-all bench claims docs clean
+.PHONY: help setup demo test test-all bench claims docs pages clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo 'make bench      measure speed against what else there is, as paired ratios'
 	@echo 'make claims     measure what papers claim, one line for each'
 	@echo 'make docs       build the documentation into site/'
+	@echo 'make pages      run the commands of README and tutorial again, and draw the picture of the demo'
 	@echo 'make clean      remove what was built, $(VENV) included'
 
 setup: $(STAMP)
@@ -54,13 +55,17 @@ test-all: setup
 	$(BIN)/pytest -m '' --durations=10 --cov=polytask --cov-report=term
 
 bench: setup
-	$(BIN)/python bench/run.py
+	$(BIN)/python -m bench.run
 
 claims: setup
 	$(BIN)/python -m claims
 
 docs: setup
 	$(BIN)/mkdocs build --strict
+
+pages: setup
+	$(BIN)/python docs/rerun.py README.md docs/tutorial.md
+	$(BIN)/python docs/picture.py
 
 clean:
 	rm -rf $(VENV) build dist site .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info

@@ -20,7 +20,10 @@ def task(name: str) -> Task:
     if "POLYTASK_DATA" in os.environ and folder.is_dir():
         return Task.read(folder)
     stand_in = name if name in DEMO else DEMO[0]
-    print(f"no {name} (set POLYTASK_DATA to the folder with tasks/{name}): using the demo task {stand_in}", file=sys.stderr)
+    print(
+        f"no {name} (set POLYTASK_DATA to the folder with tasks/{name}): using the demo task {stand_in}",
+        file=sys.stderr,
+    )
     return Task.read(Path(polytask.__file__).parent / "demo" / stand_in)
 
 

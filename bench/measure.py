@@ -3,7 +3,8 @@
 Variants run in turns (A B C A B C ...), so that what slows the machine slows all of them. A sample during which other
 processes took more than `QUIET` of a core is taken again; a figure is the median over rounds of the ratio within a
 round, with its quartiles. On a machine that is never quiet, `--clock cpu --threads 1` compares CPU seconds instead,
-which others disturb little; those ratios are for development. All samples, clean or not, go to `bench/results/<bench>.json` with the machine's facts.
+which others disturb little; those ratios are for development. All samples, clean or not, go to
+`bench/results/<bench>.json` with the machine's facts.
 """
 
 from __future__ import annotations
@@ -139,9 +140,7 @@ class Samples:
         return Quartiles.of([a.cost / b.cost for a, b in (clean if len(clean) >= 3 else pairs)], len(clean))
 
 
-def turns(
-    variants: Mapping[str, Turn], *, rounds: int, limit: float, tries: int = 3, clock: str = "wall"
-) -> Samples:
+def turns(variants: Mapping[str, Turn], *, rounds: int, limit: float, tries: int = 3, clock: str = "wall") -> Samples:
     """Run the variants in turns until `rounds` rounds are done or `limit` seconds are over.
 
     The first turn of each is a warm-up and is not kept. A sample that others disturbed is taken again up to `tries`
@@ -205,12 +204,12 @@ class Row:
         return cls(bench, what, scale * q.median, scale * q.low, scale * q.high, unit, target, better, note)
 
 
-def keep(bench: str, rows: Sequence[Row], samples: Mapping[str, Samples], more: Mapping[str, Any] | None = None) -> None:
+def keep(
+    bench: str, rows: Sequence[Row], samples: Mapping[str, Samples], more: Mapping[str, Any] | None = None
+) -> None:
     """Write `bench/results/<bench>.json` and print the table."""
     RESULTS.mkdir(exist_ok=True)
-    raw = {
-        name: [{k: _short(v) for k, v in asdict(s).items()} for s in found.taken] for name, found in samples.items()
-    }
+    raw = {name: [{k: _short(v) for k, v in asdict(s).items()} for s in found.taken] for name, found in samples.items()}
     made = {"bench": bench, "facts": facts(), "rows": [row_json(r) for r in rows], **(more or {}), "samples": raw}
     text = json.dumps(made, indent=1, ensure_ascii=False)
     (RESULTS / f"{bench}.json").write_text(text + "\n", encoding="utf-8")

@@ -101,7 +101,14 @@ def _score(base: Backbone, task: Task, job: Job, learned: Any) -> float:
 
 
 def _peer_run(
-    split: dict[str, tuple[list[str], list[int]]], labels: int, epochs: int, lr: float, seed: int, on: str, *, bf16: bool
+    split: dict[str, tuple[list[str], list[int]]],
+    labels: int,
+    epochs: int,
+    lr: float,
+    seed: int,
+    on: str,
+    *,
+    bf16: bool,
 ) -> tuple[float, float]:
     began = time.perf_counter()
     rows = peer.rows(*split["train"], pad_to=None)
@@ -123,7 +130,9 @@ def main() -> None:
         for what, unit in (("score", "accuracy"), ("seconds", "s")):
             for variant in ("a", "b2", "c"):
                 values = [r[what] for r in runs if r["variant"] == variant]
-                rows.append(Row.of("train", f"{what} of {variant}, {o.epochs} epochs", Quartiles.of(values, len(values)), unit))
+                rows.append(
+                    Row.of("train", f"{what} of {variant}, {o.epochs} epochs", Quartiles.of(values, len(values)), unit)
+                )
         keep("train_scores", rows, {}, {"runs": runs})
         return
     rows, kept = [], {}

@@ -1,13 +1,15 @@
 """Adapters reach full fine-tuning: Houlsby et al. 2019, arXiv 1902.00751.
 
 The paper compares the mean GLUE score of adapters with that of full fine-tuning, each tuned. Here: eight tasks in
-their own splits, the embedded MiniLM, two seeds; per task the better of LoRA and bottleneck adapters (chosen on the
-validation split) against full fine-tuning, which got a learning-rate search of the same size on the same tasks; and
-each method against a linear head on frozen features.
+their own splits (of the training split the first 2,000 examples, so that the claim reruns in an hour), the embedded
+MiniLM, two seeds; per task the better of LoRA and bottleneck adapters, chosen on the validation split, against full
+fine-tuning; and each method against a linear head on frozen features. Every method got a search over two or three
+learning rates on cr_polarity's validation split, and the same number of epochs.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from statistics import mean
 from typing import Any
@@ -30,6 +32,7 @@ TASKS = (
 METHODS: dict[str, dict[str, Any]] = {"lora": {}, "bottleneck": {"reduction": 8}, "full": {}}
 SEEDS = (0, 1)
 EPOCHS = 4
+EXAMPLES = 2000  # of each training split, from its beginning
 LIMIT = 96  # tokens a text is cut to; 1 % of the texts are longer
 
 
@@ -42,6 +45,7 @@ def run(name: str, method: str, seed: int) -> dict[str, Any]:
     folder = data()
     assert folder is not None
     task = pt.Task.read(folder / name)
+    task = replace(task, train=task.train[:EXAMPLES])
     adapter = pt.adapt(
         base(), task, method, hyperparameters=METHODS[method], settings=pt.Settings(seed=seed, epochs=EPOCHS, limit=LIMIT)
     )

@@ -12,7 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-WIDTH = 132
+from polytask.cli.show import PIPE_WIDTH as WIDTH
+
 OUT = Path(__file__).parent / "images" / "demo.svg"
 # rich's own, without the font that it fetches from elsewhere.
 SVG = """\
@@ -57,8 +58,8 @@ def run(*command: str) -> tuple[str, str]:
     if process.wait():
         raise SystemExit(shown.decode())
     # A live display rubs out its lines (ESC [ 2 K) and writes them again.
-    first, *frames = shown.decode().replace("\r", "").split("\x1b[2K")
-    return printed, first.split("\n", 1)[0] + "\n" + frames[-1].replace("\x1b[?25h", "").replace("\x1b[?25l", "")
+    last = shown.decode().replace("\r", "").split("\x1b[2K")[-1]
+    return printed, last.replace("\x1b[?25h", "").replace("\x1b[?25l", "")
 
 
 def main() -> None:

@@ -29,7 +29,9 @@ TEXTS = ["a b c", "d", "e f g h a b c d e f", "h g", "b b b b", "c a"]
 ABC = HeadCard(kind="classification", targets=("x", "y", "z"))
 
 
-def adapter_of(backbone: Backbone, name: str, method: str, head: HeadCard = ABC, seed: int = 0, **hyper: object) -> Adapter:
+def adapter_of(
+    backbone: Backbone, name: str, method: str, head: HeadCard = ABC, seed: int = 0, **hyper: object
+) -> Adapter:
     """An adapter with random tensors of every kind."""
     m = build(method, hyper)
     draw = torch.Generator().manual_seed(seed)
@@ -272,7 +274,7 @@ def test_an_adapter_of_other_weights_of_the_same_shape_is_refused(backbone):
     other = tiny.backbone("bert", seed=1, tokenizer=TOKENS)
     for method in ("lora", "full", "head"):
         adapter = adapter_of(other, "foreign", method)
-        with pytest.raises(PolytaskError, match="other|trained on") as caught:
+        with pytest.raises(PolytaskError, match="trained on") as caught:
             Engine(backbone, adapters=[adapter])
         assert other.fingerprint[:12] in one_line(caught.value)
         assert Engine(other, adapters=[adapter]).answer([Request("a", adapter="foreign")])[0].output
@@ -280,7 +282,9 @@ def test_an_adapter_of_other_weights_of_the_same_shape_is_refused(backbone):
 
 def test_requests_that_cannot_be_answered(backbone, adapters):
     engine = Engine(backbone, adapters=adapters)
-    headless = replace(adapters[0], head=None, tensors={n: t for n, t in adapters[0].tensors.items() if "head" not in n})
+    headless = replace(
+        adapters[0], head=None, tensors={n: t for n, t in adapters[0].tensors.items() if "head" not in n}
+    )
     engine.add(replace(headless, card=Card(name="headless", task=headless.card.task)))
     for request, says in (
         (Request("a", adapter="nobody"), "nobody"),
@@ -362,8 +366,12 @@ def test_a_text_goes_to_the_task_it_resembles(routed):
 
 
 def test_a_far_text_goes_to_none(routed):
-    far = ["integrate x squared over the unit interval", "SELECT id FROM users WHERE age > 3;", "ĉu vi parolas esperanton",
-           "mitochondria produce adenosine triphosphate by oxidative phosphorylation"]  # fmt: skip
+    far = [
+        "integrate x squared over the unit interval",
+        "SELECT id FROM users WHERE age > 3;",
+        "ĉu vi parolas esperanton",
+        "mitochondria produce adenosine triphosphate by oxidative phosphorylation",
+    ]
     answers = routed.answer([Request(text) for text in far] + [Request("please refund the payment")])
     for answer in answers[:-1]:
         assert (answer.output, answer.adapter, answer.name) == (None, None, None)
@@ -379,8 +387,9 @@ def test_one_text_never_goes_to_a_task_over_pairs_nor_a_pair_to_another(routed):
     tabbed = [Request(line) for line in lines(PAIRS)]
     assert {a.name for a in routed.answer(tabbed)} == {"pairs"}
     mixed = [Request("my card was charged", "the film is dull"), Request("my card was charged twice")]
-    assert [a.name for a in routed.answer(mixed)][1] == "bank"
-    assert [a.name for a in routed.answer(mixed)][0] in ("pairs", None)
+    names = [a.name for a in routed.answer(mixed)]
+    assert names[0] in ("pairs", None)
+    assert names[1] == "bank"
 
 
 def test_an_engine_without_profiles_routes_to_none(backbone, adapters):

@@ -170,12 +170,11 @@ def bert_by_hand(model: nn.Module, batch: Batch, after_attention, after_mlp, at_
             x = x - x.mean(-1, keepdim=True)
             return x / (x.square().mean(-1, keepdim=True) + module.eps).sqrt() * module.weight + module.bias
 
-        q, k, v = (
-            linear(m, h).unflatten(-1, (4, 8)).transpose(1, 2) for m in (own.query, own.key, own.value)
-        )
+        q, k, v = (linear(m, h).unflatten(-1, (4, 8)).transpose(1, 2) for m in (own.query, own.key, own.value))
         scores = (q @ k.mT / math.sqrt(8)).masked_fill(~batch.mask[:, None, None, :], -torch.inf)
         context = (scores.softmax(-1) @ v).transpose(1, 2).flatten(-2)
-        x = norm(layer.attention.output.LayerNorm, after_attention(i, linear(layer.attention.output.dense, context)) + h)
+        out = layer.attention.output
+        x = norm(out.LayerNorm, after_attention(i, linear(out.dense, context)) + h)
         f = after_mlp(i, linear(layer.output.dense, F.gelu(linear(layer.intermediate.dense, x))))
         last = layer.output.LayerNorm
         s = f + x

@@ -12,7 +12,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,

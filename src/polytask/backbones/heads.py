@@ -23,6 +23,7 @@ from polytask.errors import UsageError
 from polytask.tasks import Task
 from polytask.tasks.task import Output
 
+KINDS = ("classification", "multilabel", "tagging", "regression", "similarity")  # of tasks that a head can answer
 POOLS = ("mean", "first", "last", "attention")
 PAIRS = ("separate", "joint")
 IGNORED = -100  # the class number of a token that has no tag of its own
@@ -32,7 +33,7 @@ Params = dict[str, Tensor]
 
 def design(task: Task, *, pool: str = "mean", pair: str = "separate", causal: bool = True) -> HeadCard:
     """The head that a task needs. Raises UsageError for a kind that has none."""
-    if task.kind not in ("classification", "multilabel", "tagging", "regression", "similarity"):
+    if task.kind not in KINDS:
         raise UsageError(f"task {task.name}: a {task.kind} task has no label head")
     if pool not in POOLS:
         raise UsageError(f"pool {pool!r}: one of {', '.join(POOLS)}")

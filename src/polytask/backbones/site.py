@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Point = Literal["output", "stream", "input", "sum"]
@@ -38,12 +39,12 @@ class Part:
         """[..., groups * G] → [..., groups * (stop - start)]"""
         if self.groups == 1:
             return y[..., self.start : self.stop]
-        return y.unflatten(-1, (self.groups, -1))[..., self.start : self.stop].flatten(-2)
+        return torch.unflatten(y, -1, (self.groups, -1))[..., self.start : self.stop].flatten(-2)
 
     def put(self, y: Tensor, new: Tensor) -> Tensor:
         """y with the site's features replaced by `new`, as a new tensor."""
-        grouped = y.unflatten(-1, (self.groups, -1))
-        fresh = new.unflatten(-1, (self.groups, -1))
+        grouped = torch.unflatten(y, -1, (self.groups, -1))
+        fresh = torch.unflatten(new, -1, (self.groups, -1))
         return grouped.slice_scatter(fresh, dim=-1, start=self.start, end=self.stop).flatten(-2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -99,11 +100,10 @@ def adapt(
 
     from polytask.backbones import load
     from polytask.library import Library
-    from polytask.methods import build
     from polytask.recipes.adapt import Plan, adapt_many, default_pool
 
     hyperparameters = options.pairs(set_ or (), "--set")
-    build("lora" if method == "auto" else method, hyperparameters)  # a wrong name is told before a model is loaded
+    options.check(data, {"lora" if method == "auto" else method: hyperparameters}, pool, pair_mode)
     backbone = load(base, precision=precision)  # type: ignore[arg-type]
     plan = Plan(
         data, method, hyperparameters, chosen, pool or default_pool(backbone), pair_mode, causal=not bidirectional
@@ -138,8 +138,10 @@ def adapt(
     for note in result["notes"]:
         rows.add_row("note", note)
     rows.show_header = False
-    where = "" if library == options.LIBRARY else f" --library {library}"
-    show.write(rows, f"Kept in {library}. Ask it: echo 'a text' | polytask predict{where} --adapter {data.name}")
+    where = "" if library == options.LIBRARY else f" --library {shlex.quote(str(library))}"
+    show.write(
+        rows, f"Kept in {library}. Ask it: echo 'a text' | polytask predict{where} --adapter {shlex.quote(data.name)}"
+    )
 
 
 def report(adapter: Adapter, library: Path) -> dict[str, Any]:

@@ -71,12 +71,10 @@ def compare(
     from polytask import __version__
     from polytask.backbones import load
     from polytask.evaluation.compare_page import page
-    from polytask.methods import build
     from polytask.recipes.adapt import default_pool
     from polytask.recipes.compare import compare as run
 
-    for name in names:
-        build(name)  # a wrong name is told before a model is loaded
+    options.check(data, {name: {} for name in names}, pool, pair_mode)
     backbone = load(base, precision=precision)  # type: ignore[arg-type]
     pool = pool or default_pool(backbone)
     says = [
@@ -126,7 +124,12 @@ def compare(
         )
     target = html or folder / "compare.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page(found), encoding="utf-8")
+    part = target.with_name(f".{target.name}.part")
+    try:
+        part.write_text(page(found), encoding="utf-8")
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
     if json:
         show.write_json(found.report() | {"html": str(target), "runs": str(folder)})
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 
@@ -99,4 +100,4 @@ def demo(
 
 
 def _where(library: Path) -> str:
-    return "" if library == options.LIBRARY else f" --library {library}"
+    return "" if library == options.LIBRARY else f" --library {shlex.quote(str(library))}"

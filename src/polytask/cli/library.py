@@ -121,7 +121,9 @@ def show_(
     for split, found in card.scores.items():
         title = "frozen features, test" if split == "baseline" else split
         rows.add_row(title, f"{found.metric} {show.score(found.value, found.low, found.high)} over {found.n}")
-    settings = ", ".join(f"{k} = {v}" for k, v in adapter.hyperparameters.items())
+    settings = ", ".join(
+        f"{k} = {' '.join(v) if isinstance(v, list) else v}" for k, v in adapter.hyperparameters.items()
+    )
     rows.add_row("method", f"{adapter.method}{' (' + settings + ')' if settings else ''}")
     rows.add_row("backbone", f"{adapter.backbone.name}, weights {adapter.backbone.fingerprint[:12]}…")
     share = show.share(card.trained_parameters, adapter.backbone.parameters)

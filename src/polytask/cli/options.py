@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,6 +116,22 @@ def read_task(
     if kind is not None and kind not in KINDS:
         raise UsageError(f"--kind {kind}: one of {', '.join(KINDS)}{near(kind, KINDS)}")
     return Task.read(source, input=input, output=output, pair=pair, kind=kind, name=name, metric=metric)  # type: ignore[arg-type]
+
+
+def check(task: Task, methods: Mapping[str, Mapping[str, str]], pool: str | None, pair_mode: str) -> None:
+    """Tell what is wrong with methods (and their hyperparameters), pooling or the kind before a model is loaded."""
+    from polytask.backbones import heads
+    from polytask.methods import build
+
+    for method, hyperparameters in methods.items():
+        build(method, hyperparameters)
+    if task.kind not in heads.KINDS:
+        why = next((f" ({note})" for note in task.notes if note.startswith("kind guessed")), "")
+        raise UsageError(
+            f"task {task.name} is of kind {task.kind}{why}, which has no labels to learn; if it is "
+            f"{', '.join(heads.KINDS[:-1])} or {heads.KINDS[-1]}, say so with --kind"
+        )
+    heads.design(task, pool=pool or "mean", pair=pair_mode)
 
 
 def settings(**given: Any) -> Settings:

@@ -7,7 +7,7 @@ series the dash and the marker tell them apart.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -58,7 +58,7 @@ class Axis:
             places = max(0, -math.floor(math.log10(step) + 1e-9))
             return [(v, f"{v:.{places}f}") for v in values]
         bottom, top = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-        for factors in ((1,), (1, 3), (1, 2, 5)):
+        for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
             values = [f * 10.0**n for n in range(bottom, top + 1) for f in factors]
             inside = [v for v in values if self.low * 0.999 <= v <= self.high * 1.001]
             if len(inside) >= 3:
@@ -116,12 +116,12 @@ def curves(title: str, x: str, y: str, lines: Sequence[Curve], width: int = 960)
     for (i, name, at, level_y), place in zip(ends, places, strict=True):
         leader = f"M{at:.1f} {level_y:.1f}L{frame.right:.1f} {level_y:.1f}L{edge:.1f} {place:.1f}"
         marks.append(f'<path class="leader c{i % COLOURS}" d="{leader}"/>')
-        marks.append(f'<circle class="dot c{i % COLOURS}" cx="{edge:.1f}" cy="{place:.1f}" r="3.5"/>')
+        marks.append(marker(i, edge, place, scale=0.75))
         marks.append(f'<text class="name" x="{edge + 7:.1f}" y="{place + 4:.1f}">{escape(name)}</text>')
     return frame.svg(title, marks)
 
 
-def scatter(title: str, x: str, y: str, points: Sequence[Point], width: int = 620, height: int = 430) -> str:
+def scatter(title: str, x: str, y: str, points: Sequence[Point], width: int = 520, height: int = 400) -> str:
     """Points with vertical interval bars over a logarithmic x, each with its name beside it."""
     ys = [value for p in points for value in (p.low, p.high)]
     frame = _Frame(width, height, axis(x, [p.x for p in points], log=True, margin=0.08), axis(y, ys), right=24)
@@ -135,9 +135,9 @@ def scatter(title: str, x: str, y: str, points: Sequence[Point], width: int = 62
         px, py, colour = frame.x(p.x), frame.y(p.y), f"c{i % COLOURS}"
         low, high = frame.y(p.low), frame.y(p.high)
         bar = f"M{px:.1f} {low:.1f}V{high:.1f}M{px - 5:.1f} {low:.1f}h10M{px - 5:.1f} {high:.1f}h10"
-        note = escape(f"{p.name}: {p.y:.3f} [{p.low:.3f}, {p.high:.3f}], {p.note}")
+        note = f"{p.name}: {p.y:.3f} [{p.low:.3f}, {p.high:.3f}], {p.note}"
         marks.append(f'<path class="bar {colour}" d="{bar}"/>')
-        marks.append(f'<path class="dot {colour}" d="{_marker(i // COLOURS, px, py)}"><title>{note}</title></path>')
+        marks.append(marker(i, px, py, note))
     for p in points:
         px, py = frame.x(p.x), frame.y(p.y)
         wide = LETTER * len(p.name)
@@ -240,12 +240,14 @@ def _cost(
     return 100 * sum(map(over, taken)) + 50 * outside + 10 * sum(map(over, bars)) + distance
 
 
-def _marker(shape: int, x: float, y: float) -> str:
-    """A disc, square, triangle or diamond around a point."""
-    shapes: tuple[Callable[[], str], ...] = (
-        lambda: f"M{x - 5:.1f} {y:.1f}a5 5 0 1 0 10 0a5 5 0 1 0 -10 0z",
-        lambda: f"M{x - 4.5:.1f} {y - 4.5:.1f}h9v9h-9z",
-        lambda: f"M{x:.1f} {y - 6:.1f}l5.5 10h-11z",
-        lambda: f"M{x:.1f} {y - 6.5:.1f}l6 6.5l-6 6.5l-6 -6.5z",
-    )
-    return shapes[shape % len(shapes)]()
+def marker(i: int, x: float, y: float, note: str = "", *, scale: float = 1.0) -> str:
+    """Series number i's disc, square, triangle or diamond around a point."""
+    shape = (
+        "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0 -10 0z",
+        "M-4.5 -4.5h9v9h-9z",
+        "M0 -6l5.5 10h-11z",
+        "M0 -6.5l6 6.5l-6 6.5l-6 -6.5z",
+    )[i // COLOURS % 4]
+    place = f'transform="translate({x:.1f} {y:.1f}) scale({scale:g})"'
+    title = f"<title>{escape(note)}</title>" if note else ""
+    return f'<path class="dot c{i % COLOURS}" {place} d="{shape}">{title}</path>'

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from polytask.evaluation.charts import COLOURS, Curve, Point, curves, scatter
+from polytask.evaluation.charts import Curve, Point, curves, marker, scatter
 from polytask.evaluation.comparison import Comparison, Row, Trial
 
 TEMPLATE = Path(__file__).with_name("compare_page.html")
@@ -92,7 +92,7 @@ def page(found: Comparison) -> str:
 def _row(i: int, row: Row, whole: int, best: bool) -> str:
     spread = "" if row.spread is None else f" ± {row.spread:.3f}"
     cells = (
-        f'<i class="key c{i % COLOURS}"></i>{escape(row.method)}',
+        f'<svg class="key" viewBox="-7 -7 14 14">{marker(i, 0, 0)}</svg>{escape(row.method)}',
         f"{row.score:.3f}{spread}",
         f"{row.low:.3f} to {row.high:.3f}",
         f"{row.trained_parameters:,}",

@@ -227,13 +227,7 @@ class Index:
 
         `removed` looks in the trash (True), outside it (False) or in both (None).
         """
-        ways = [adapters.c.id == ref]
-        if (match := re.fullmatch(r"(.+)@(\d{1,9})", ref, re.DOTALL)) is not None:
-            ways.append((adapters.c.name == match[1]) & (adapters.c.version == int(match[2])))
-        ways.append(adapters.c.name == ref)
-        if re.fullmatch(r"[0-9a-f]{3,64}", ref):
-            ways.append((adapters.c.id >= ref) & (adapters.c.id < ref + "g"))
-        for way in ways:
+        for way in _ways(ref):
             query = sa.select(*_ENTRY).where(way, *_in_trash(removed)).order_by(adapters.c.version.desc()).limit(20)
             if found := tuple(_entry(row) for row in connection.execute(query)):
                 return found
@@ -400,6 +394,16 @@ def _row(adapter: Adapter) -> dict[str, Any]:
 def _entry(row: sa.Row[Any]) -> Entry:
     said = {field.name: getattr(row, field.name) for field in fields(Entry)}
     return Entry(**(said | {"tags": tuple(json.loads(row.tags))}))
+
+
+def _ways(ref: str) -> Iterator[sa.ColumnElement[bool]]:
+    """What a reference may say, one after another: most are ids, and building a condition costs more than asking."""
+    yield adapters.c.id == ref
+    if (match := re.fullmatch(r"(.+)@(\d{1,9})", ref, re.DOTALL)) is not None:
+        yield (adapters.c.name == match[1]) & (adapters.c.version == int(match[2]))
+    yield adapters.c.name == ref
+    if re.fullmatch(r"[0-9a-f]{3,64}", ref):
+        yield (adapters.c.id >= ref) & (adapters.c.id < ref + "g")
 
 
 def _in_trash(removed: bool | None) -> list[sa.ColumnElement[bool]]:

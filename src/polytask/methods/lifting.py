@@ -76,7 +76,9 @@ class Plan:
                 continue
             for site, params in adapter.at.items():
                 if site not in backbone.sites:
-                    raise PolytaskError(f"{backbone.name} has no site {site!r}, where a {adapter.method.name} has tensors")
+                    raise PolytaskError(
+                        f"{backbone.name} has no site {site!r}, where a {adapter.method.name} has tensors"
+                    )
                 groups = self.groups.setdefault(site, [])
                 for group in groups:
                     if group.takes(adapter.method, params):
@@ -249,14 +251,14 @@ def lifted(group: Group, x: Tensor, y: Tensor, c: Columns) -> Tensor:
     method = group.methods[0]
     params = group.params
     if c.whole and len(c.used) == 1:
-        Δ = method.delta(params[c.used[0]], x.flatten(0, 1), y.flatten(0, 1)).unflatten(0, y.shape[:2])
+        Δ = method.delta(params[c.used[0]], x.flatten(0, 1), y.flatten(0, 1)).reshape(y.shape)
         return y + (Δ if c.plain else Δ * c.scale[:, None, None].to(Δ.dtype))
     if sum(t.numel() for t in params[0].values()) > GATHER_LIMIT:
         out = y
         for g in c.used:
             mine = c.which == g
             rows = c.rows[mine]
-            Δ = method.delta(params[g], x[rows].flatten(0, 1), y[rows].flatten(0, 1)).unflatten(0, (len(rows), -1))
+            Δ = method.delta(params[g], x[rows].flatten(0, 1), y[rows].flatten(0, 1)).reshape(-1, *y.shape[1:])
             out = out.index_add(0, rows, Δ * c.scale[mine][:, None, None].to(Δ.dtype))
         return out
     gathered = {name: torch.stack([p[name] for p in params])[c.which] for name in params[0]}

@@ -56,7 +56,7 @@ class LoRA(Method):
     def joins(self, other: Method, mine: Params, its: Params) -> bool:
         return isinstance(other, LoRA) and self.dropout == other.dropout
 
-    def mix(self, group: Group, x: Tensor, y: Tensor, c: Columns) -> Tensor:  # type: ignore[override]
+    def mix(self, group: Group, x: Tensor, y: Tensor, c: Columns) -> Tensor:
         """Many LoRAs at once: y + B (m_i ∘ A x_i) with A and B joined along the rank and m_i [Σr] row i's weights.
 
         Where the joined rank is large and each row has one adapter, its own A and B are gathered instead.
@@ -64,7 +64,7 @@ class LoRA(Method):
         ranks = [p["A"].shape[0] for p in group.params]
         if c.whole and len(c.used) == 1:
             g = c.used[0]
-            A, B = group.params[g]["A"], group.methods[g].s * group.params[g]["B"]  # type: ignore[attr-defined]
+            A, B = group.params[g]["A"], group.methods[g].s * group.params[g]["B"]
             h = x.flatten(0, -2) @ A.T
             if not c.plain:
                 h = h * c.scale.repeat_interleave(y.shape[1]).to(h.dtype)[:, None]
@@ -74,7 +74,7 @@ class LoRA(Method):
             m = c.w.to(x.dtype).repeat_interleave(torch.tensor(ranks, device=x.device), dim=1)
             h = (x @ A.T) * m[:, None, :]
             return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.T).view_as(y)
-        A, B = _joined(group, "stacked", lambda: (_rows(group).unflatten(0, (len(ranks), -1)), _stack(group)))
+        A, B = _joined(group, "stacked", lambda: (torch.stack([p["A"] for p in group.params]), _stack(group)))
         h = torch.bmm(x, A[c.which].mT)
         if not c.plain:
             h = h * c.scale.to(h.dtype)[:, None, None]

@@ -129,7 +129,6 @@ def methods() -> dict[str, type[Method]]:
 
 def build(name: str, hyperparameters: Mapping[str, Any] | None = None) -> Method:
     """The method of that name; UsageError where there is none."""
-    known = methods()
-    if name not in known:
-        raise UsageError(f"no method {name!r}; the methods are {', '.join(known)}")
-    return known[name].of(hyperparameters or {})
+    if name not in METHODS and name not in methods():
+        raise UsageError(f"no method {name!r}; the methods are {', '.join(methods())}")
+    return METHODS[name].of(hyperparameters or {})

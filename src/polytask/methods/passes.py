@@ -7,6 +7,7 @@ share a pass; each seat's head reads its own rows.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from polytask.methods.lifting import Plan
 from polytask.tasks import Example
 from polytask.tasks.task import Output
 
+TOKENS_TO_START = 64  # what a pass costs beside its tokens, in tokens; measured with MiniLM on a CPU
 TOKENS_A_PASS = 2048  # padded tokens: large enough for full matrix products, small enough for a laptop's memory
 
 
@@ -65,15 +67,31 @@ def encode(backbone: Backbone, head: HeadCard, examples: Sequence[Example], limi
 def packs(units: Sequence[Unit], budget: int = TOKENS_A_PASS) -> list[list[int]]:
     """Indexes of units, longest first, cut into passes of at most `budget` padded tokens (or one unit).
 
-    How many fit depends on the longest alone, so that passes come in few shapes.
+    The cuts are those of least cost, where a pass of n rows padded to T tokens costs nT + TOKENS_TO_START. They fall
+    where the budget is full, or on every fourth row where a length ends, so that passes come in few shapes.
     """
     order = sorted(range(len(units)), key=lambda i: -units[i].length)
-    rows = max((len(unit.ids) for unit in units), default=1)
+    sides = max((len(unit.ids) for unit in units), default=1)
+    lengths = [units[i].length * sides for i in order]
+    N = len(order)
+    ends = [i for i in range(1, N) if lengths[i] != lengths[i - 1]] + [N]
+    cost: dict[int, tuple[int, int]] = {0: (0, 0)}  # of the first i units: tokens, and where their last pass begins
+    for i in range(N):
+        if i not in cost:
+            continue
+        fit = max(1, budget // lengths[i])
+        for end in (*ends[bisect.bisect_right(ends, i) :], i + fit):
+            j = min(N, i + fit, i - (i - end) // 4 * 4)
+            total = cost[i][0] + (j - i) * lengths[i] + TOKENS_TO_START
+            if j not in cost or total < cost[j][0]:
+                cost[j] = (total, i)
+            if j == min(N, i + fit):
+                break
     passes: list[list[int]] = []
-    while order:
-        fit = max(1, budget // (units[order[0]].length * rows))
-        passes.append(order[:fit])
-        order = order[fit:]
+    while N:
+        begin = cost[N][1]
+        passes.insert(0, order[begin:N])
+        N = begin
     return passes
 
 
@@ -147,7 +165,7 @@ def features(backbone: Backbone, head: HeadCard, units: Sequence[Unit], q: Tenso
     for pack in packs(units):
         for _, members, φ in forward(plan, [seat], [units[i] for i in pack], [0] * len(pack)):
             if head.kind == "tagging":
-                parts = φ.split([sum(at >= 0 for at in units[pack[j]].starts or ()) for j in members])
+                parts = torch.split(φ, [sum(at >= 0 for at in units[pack[j]].starts or ()) for j in members])
             else:
                 parts = φ.unbind()
             for j, part in zip(members, parts, strict=True):

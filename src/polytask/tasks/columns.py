@@ -101,8 +101,8 @@ def choose(
     if input is None or output is None:
         missing = " and ".join(name for name, value in (("input", input), ("output", output)) if value is None)
         raise UsageError(
-            f"{table.file}: which column is the {missing}? Give input= and output= (and pair= for a second text); "
-            f"its columns are {listed(table.columns)}"
+            f"{table.file}: which column is the {missing}? Name them: --input and --output, and --pair for a second "
+            f"text (input=, output= and pair= in Python); its columns are {listed(table.columns)}"
         )
     columns = Columns(input, output, pair, id)
     if given == (input, output, pair):

@@ -28,6 +28,7 @@ class Draft:
     language: str = ""
     licence: str = ""
     demonstrations: list[Row] = field(default_factory=list)
+    negatives: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     texts: bool = False  # the format gives every output as a text, even a number
     foreign: bool = False  # another project wrote it: a metric unknown here is noted and not an error
@@ -49,6 +50,7 @@ def assemble(
     demonstrations = [
         to_example(row, kind, row.id or f"demonstration-{n}") for n, row in enumerate(draft.demonstrations, 1)
     ]
+    negatives = [to_example(row, kind, row.id or f"negative-{n}") for n, row in enumerate(draft.negatives, 1)]
     everything = [example for part in given.values() for example in part]
     if kind == "tagging":
         check_bio(zip(rows, (e for split in SPLITS for e in given.get(split, ())), strict=True))
@@ -70,6 +72,7 @@ def assemble(
         licence=draft.licence,
         source=draft.source,
         demonstrations=tuple(demonstrations),
+        negatives=tuple(negatives),
         notes=tuple(notes),
     )
 

@@ -45,9 +45,7 @@ def _superni(file: str, value: Mapping[str, Any]) -> Draft:
     definitions = _texts(value["Definition"])
     notes = [f"{len(definitions)} definitions; the first is the instruction"] if len(definitions) > 1 else []
     shown = _objects(file, "positive example", value.get("Positive Examples") or [])
-    refused = value.get("Negative Examples") or []
-    if refused:
-        notes.append(f"not kept: {len(refused)} negative examples")
+    refused = _objects(file, "negative example", value.get("Negative Examples") or [])
     splits: dict[str, list[Row]] = {}
     for number, instance in enumerate(instances, 1):
         split = str(instance.get("split") or "train")
@@ -69,6 +67,10 @@ def _superni(file: str, value: Mapping[str, Any]) -> Draft:
         demonstrations=[
             _row(file, "positive example", number, example, example.get("output"))
             for number, example in enumerate(shown, 1)
+        ],
+        negatives=[
+            _row(file, "negative example", number, example, example.get("output"))
+            for number, example in enumerate(refused, 1)
         ],
         notes=notes,
         texts=True,

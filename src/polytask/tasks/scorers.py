@@ -1,6 +1,6 @@
 """How well predictions fit: one number, its 95 % interval, and what else is usually reported beside it.
 
-The number is scikit-learn's, seqeval's or scipy's. The interval is a percentile bootstrap over examples: each metric
+The number is scikit-learn's, seqeval's or scipy's; those of texts are in `text_scorers`. The interval is a percentile bootstrap over examples: each metric
 is a function of sums over examples (right answers, counts per label, moments), so a resample costs one row of a matrix
 product and no call of the reference library.
 """
@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from polytask.errors import PolytaskError, UsageError
+from polytask.tasks.resampling import Floats, Measured, ratio
 from polytask.tasks.tables import near
 from polytask.tasks.task import Example, Kind, Output, Task
+from polytask.tasks.text_scorers import written
 
-Floats = NDArray[np.float64]
 METRICS: dict[str, tuple[Kind, ...]] = {
     # share of right answers; for multilabel, of rows whose set of labels is right as a whole
     "accuracy": ("classification", "multilabel", "choice"),
@@ -36,8 +36,32 @@ METRICS: dict[str, tuple[Kind, ...]] = {
     "spearman": ("regression", "similarity"),
     # linear correlation; 0 where all predictions are equal
     "pearson": ("regression", "similarity"),
-    # share of texts equal to one of the accepted answers, up to white space
+    # share of texts equal to one of the accepted answers, up to white space; the default
     "exact_match": ("generation",),
+    # the same after SQuAD's normalisation: lower case, no punctuation, no a, an, the
+    "squad_exact_match": ("generation",),
+    # F1 of two bags of words after SQuAD's normalisation, averaged over texts
+    "token_f1": ("generation",),
+    # share of the reference's words that are in the answer, and of the answer's words that are in its passage
+    "token_recall": ("generation",),
+    "k_precision": ("generation",),
+    # F of the longest common subsequence of stems, averaged over texts
+    "rouge_l": ("generation",),
+    # n-grams of words and of characters over all texts together; sacrebleu's number / 100
+    "bleu": ("generation",),
+    "chrf": ("generation",),
+    # F1 over (slot, value) pairs of texts like "city = Rome; date = 5 May", micro-averaged
+    "slot_f1": ("generation",),
+    # share of texts whose last number is that of the reference
+    "numeric_match": ("generation",),
+}
+_ALIASES = {
+    "em": "exact_match",
+    "squad_em": "squad_exact_match",
+    "squad_f1": "token_f1",
+    "rougel": "rouge_l",
+    "sacrebleu": "bleu",
+    "chrf2": "chrf",
 }
 _DEFAULTS: dict[str, str] = {
     "classification": "accuracy",
@@ -82,6 +106,7 @@ def metric_name(text: str, kind: str) -> str:
         re.sub(r"[\s_-]+", "_", part.strip().casefold())
         for part in re.split(r"[(),;/]|\bor\b|\band\b", text.casefold())
     ]
+    names = [_ALIASES.get(name, name) for name in names]
     known = [name for name in names if name in METRICS]
     fitting = [name for name in known if kind in METRICS[name]]
     if fitting:
@@ -99,12 +124,14 @@ def score(
     *,
     seed: int = 0,
     resamples: int = 1000,
+    also: Sequence[str] = (),
 ) -> Score:
     """Measure `predicted` against the outputs of `examples` by the task's metric.
 
-    `resamples=0` leaves the bootstrap out: low and high are the value. A label that the task does not know, or None
-    for no answer, counts as wrong. PolytaskError where the two differ in
-    length, where an example has no output, where tags and tokens differ in number, or where a number is not finite.
+    `resamples=0` leaves the bootstrap out: low and high are the value. `also` names metrics that `others` must hold
+    too; for texts it has only the cheap ones without being asked (see `polytask.tasks.text_scorers`). A label that the
+    task does not know, or None for no answer, counts as wrong. PolytaskError where the two differ in length, where an
+    example has no output, where tags and tokens differ in number, or where a number is not finite.
     """
     if len(predicted) != len(examples):
         raise PolytaskError(f"{len(predicted)} predictions for {len(examples)} examples; give one for each")
@@ -114,9 +141,15 @@ def score(
     if unknown is not None:
         raise PolytaskError(f"example {unknown!r} has no output to score against; leave it out")
     metric = task.metric or ("token_accuracy" if task.kind == "tagging" and not task.bio else default_metric(task.kind))
-    values, resample = _MEASURES[task.kind](task, predicted, examples)
-    if metric not in values:
-        raise UsageError(f"metric {metric!r} does not fit task {task.name!r}; one of {', '.join(values)}")
+    wanted = (metric, *(metric_name(name, task.kind) for name in also))
+    if task.kind == "generation":
+        values, resample = written(task, predicted, examples, wanted)
+    else:
+        values, resample = _MEASURES[task.kind](task, predicted, examples)
+    for name in wanted:
+        if name not in values or name not in METRICS:
+            fit = ", ".join(name for name, kinds in METRICS.items() if task.kind in kinds)
+            raise UsageError(f"metric {name!r} does not fit task {task.name!r}; one of {fit}")
     if resamples == 0:
         value = values.pop(metric)
         return Score(metric, value, value, value, len(examples), values)
@@ -137,20 +170,6 @@ def _weights(rng: np.random.Generator, n: int, resamples: int) -> Iterator[Float
         yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
 
 
-Resample = Callable[[Floats], Floats]  # weights (resamples, n) -> metric (resamples,)
-Measured = tuple[dict[str, float], dict[str, Resample]]
-
-
-def _ratio(over: Any, under: Any) -> Resample:
-    """The ratio of two sums over examples; 0 where there is nothing to divide by."""
-
-    def resample(w: Floats) -> Floats:
-        below = w @ np.asarray(under, np.float64)
-        return np.divide(w @ np.asarray(over, np.float64), below, out=np.zeros(len(w)), where=below > 0)
-
-    return resample
-
-
 def _labelled(task: Task, predicted: Sequence[Any], examples: Sequence[Example]) -> Measured:
     """Classification, multilabel and choice: every row is a set of labels."""
     from scipy.sparse import csr_array
@@ -164,7 +183,7 @@ def _labelled(task: Task, predicted: Sequence[Any], examples: Sequence[Example])
         guess = [() if p is None else (p if isinstance(p, str) else str(p),) for p in predicted]
     if task.kind == "choice":
         right = [float(g == p) for g, p in zip(gold, guess, strict=True)]
-        return {"accuracy": float(np.mean(right))}, {"accuracy": _ratio(right, np.ones(len(right)))}
+        return {"accuracy": float(np.mean(right))}, {"accuracy": ratio(right, np.ones(len(right)))}
 
     names = list(dict.fromkeys([*(label.name for label in task.labels), *(x for row in gold for x in row)]))
     number = {name: i for i, name in enumerate(names)}
@@ -198,10 +217,10 @@ def _labelled(task: Task, predicted: Sequence[Any], examples: Sequence[Example])
     values = {"accuracy": float(accuracy_score(truth, answer)), "macro_f1": 0.0}
     if len(seen):
         values["macro_f1"] = float(f1_score(truth, answer, labels=seen, average="macro", zero_division=0))
-    resample = {"accuracy": _ratio(right, np.ones(n)), "macro_f1": macro}
+    resample = {"accuracy": ratio(right, np.ones(n)), "macro_f1": macro}
     if many:
         values["micro_f1"] = float(f1_score(truth, answer, average="micro", zero_division=0))
-        resample["micro_f1"] = _ratio(2 * hit.sum(axis=1), (g + p).sum(axis=1))
+        resample["micro_f1"] = ratio(2 * hit.sum(axis=1), (g + p).sum(axis=1))
     return values, resample
 
 
@@ -218,14 +237,14 @@ def _tagged(task: Task, predicted: Sequence[Any], examples: Sequence[Example]) -
     right = [sum(a == b for a, b in zip(g, p, strict=True)) for g, p in zip(gold, guess, strict=True)]
     flat = [tag for tags in gold for tag in tags], [tag for tags in guess for tag in tags]
     values = {"token_accuracy": float(accuracy_score(*flat))}
-    resample = {"token_accuracy": _ratio(right, [len(g) for g in gold])}
+    resample = {"token_accuracy": ratio(right, [len(g) for g in gold])}
     if not task.bio:
         return values, resample
     # What is no BIO tag opens no span; seqeval would take its first letter for a prefix.
     guess = [[tag if re.fullmatch(r"[BI]-.+", tag) else "O" for tag in tags] for tags in guess]
     spans = [(set(get_entities(g)), set(get_entities(p))) for g, p in zip(gold, guess, strict=True)]
     values["span_f1"] = float(f1_score(gold, guess, zero_division=0))
-    resample["span_f1"] = _ratio([2 * len(g & p) for g, p in spans], [len(g) + len(p) for g, p in spans])
+    resample["span_f1"] = ratio([2 * len(g & p) for g, p in spans], [len(g) + len(p) for g, p in spans])
     return values, resample
 
 
@@ -281,15 +300,6 @@ def _correlation(w: Floats, x: Floats, y: Floats) -> Floats:
     return r
 
 
-def _written(task: Task, predicted: Sequence[Any], examples: Sequence[Example]) -> Measured:
-    accepted = [e.output if isinstance(e.output, tuple) else (e.output,) for e in examples]
-    right = [
-        float(p is not None and " ".join(str(p).split()) in {" ".join(str(a).split()) for a in answers})
-        for p, answers in zip(predicted, accepted, strict=True)
-    ]
-    return {"exact_match": float(np.mean(right))}, {"exact_match": _ratio(right, np.ones(len(right)))}
-
-
 _MEASURES: dict[str, Callable[[Task, Sequence[Any], Sequence[Example]], Measured]] = {
     "classification": _labelled,
     "multilabel": _labelled,
@@ -297,5 +307,4 @@ _MEASURES: dict[str, Callable[[Task, Sequence[Any], Sequence[Example]], Measured
     "tagging": _tagged,
     "regression": _measured,
     "similarity": _measured,
-    "generation": _written,
 }

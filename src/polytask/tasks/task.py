@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -88,7 +89,8 @@ class Task:
     """A task with its data.
 
     `labels` are in the order in which a head numbers its classes (span types, without B- and I-, for BIO tagging).
-    `demonstrations` were set apart by the task's author to show the task, and are in no split. `notes` are what the
+    `demonstrations` were set apart by the task's author to show the task, and are in no split; `negatives` show wrong
+    outputs. `notes` are what the
     reader found or did: splits it made, duplicates between splits, rows it could not use.
     """
 
@@ -104,6 +106,7 @@ class Task:
     licence: str = ""
     source: str = ""
     demonstrations: tuple[Example, ...] = ()
+    negatives: tuple[Example, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -117,7 +120,7 @@ class Task:
         names = tuple(label.name for label in self.labels)
         return ("O", *(f"{prefix}-{name}" for name in names for prefix in "BI")) if self.bio else names
 
-    @property
+    @cached_property
     def bio(self) -> bool:
         """True for a tagging task whose tags are BIO. Every split counts: a few rows may hold no span at all."""
         if self.kind != "tagging":

@@ -43,6 +43,7 @@ def save(folder: Path, learners: Sequence[Learner], fingerprint: str) -> None:
                 "best": learner.best,
                 "probe": learner.probe,
                 "history": learner.history,
+                "losses": learner.losses,
                 "seconds": learner.seconds,
                 "done": learner.done,
             }
@@ -85,7 +86,7 @@ def restore(folder: Path, learners: Sequence[Learner], fingerprint: str) -> None
     for i, (learner, state) in enumerate(zip(learners, says, strict=True)):
         learner.step, learner.stale, learner.best = state["step"], state["stale"], state["best"]
         learner.probe, learner.history, learner.seconds = state["probe"], state["history"], state["seconds"]
-        learner.done = state["done"]
+        learner.losses, learner.done = state["losses"], state["done"]
         with torch.no_grad():
             for name, tensor in learner.tensors.items():
                 tensor.copy_(tensors[f"{i}/now/{name}"])

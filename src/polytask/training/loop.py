@@ -10,6 +10,7 @@ jobs is computed once and kept.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -62,7 +63,7 @@ class Learned:
     """Examples seen, counting each time."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Learner:
     """One job's data, tensors and state."""
 
@@ -314,25 +315,28 @@ class Loop:
         return max(1, int((_targets(learner, batch) != heads.IGNORED).sum()))
 
     def _update(self, learner: Learner) -> None:
-        if not torch.isfinite(torch.tensor(learner.losses[-1])):
-            raise PolytaskError(
-                f"task {learner.job.task.name}: the loss became {learner.losses[-1]} at step {learner.step + 1}; "
-                f"try a smaller lr than {learner.job.settings.rate(learner.job.method.name):g}"
-            )
         assert learner.optimiser is not None
         settings = learner.job.settings
+        own = list(learner.tensors.values())
+        if self._world > 1:
+            flat = torch.cat([t.grad.flatten() if t.grad is not None else torch.zeros_like(t).flatten() for t in own])
+            flat = torch.cat([flat, flat.new_tensor([learner.losses[-1]])])
+            flat = self.accelerator.reduce(flat, reduction="sum")
+            learner.losses[-1] = float(flat[-1])
+            for tensor, part in zip(own, flat[:-1].split([t.numel() for t in own]), strict=True):
+                tensor.grad = part.view_as(tensor)
+        norm = float(torch.nn.utils.clip_grad_norm_(own, settings.clip))
+        for what, value in (("loss", learner.losses[-1]), ("gradient", norm)):
+            if not math.isfinite(value):
+                raise PolytaskError(
+                    f"task {learner.job.task.name}: the {what} became {value} at step {learner.step + 1}; "
+                    f"try a smaller lr than {settings.rate(learner.job.method.name):g}"
+                )
         warm = max(1.0, settings.warmup * learner.steps)
         t = learner.step
         share = min((t + 1) / warm, (learner.steps - t) / max(1.0, learner.steps - warm))
         for group in learner.optimiser.param_groups:
             group["lr"] = group["peak"] * share
-        own = list(learner.tensors.values())
-        if self._world > 1:
-            flat = torch.cat([t.grad.flatten() if t.grad is not None else torch.zeros_like(t).flatten() for t in own])
-            flat = self.accelerator.reduce(flat, reduction="sum")
-            for tensor, part in zip(own, flat.split([t.numel() for t in own]), strict=True):
-                tensor.grad = part.view_as(tensor)
-        torch.nn.utils.clip_grad_norm_(own, settings.clip)
         learner.optimiser.step()
         learner.optimiser.zero_grad(set_to_none=True)
 

@@ -41,7 +41,7 @@ def fit(
     keep = y != heads.IGNORED if head.kind == "tagging" else None
     if keep is not None and not bool(keep.all()):
         φ, y = φ[keep], y[keep]
-    μ, σ = φ.mean(0), φ.std(0).clamp(min=1e-6)
+    μ, σ = φ.mean(0), φ.std(0, correction=0).clamp(min=1e-6)  # one example deviates by 0, not by NaN
     φ -= μ
     φ /= σ
     W0 = first["W"] * σ

@@ -1,0 +1,92 @@
+"""What must not be learned: finds held-out inputs in training text.
+
+Three nets, from coarse to fine. An input of eight words or more is found as any 13 words in a row of it (or all of it,
+where it is shorter) inside any text, case and punctuation aside; this is the contamination test of Brown et al. 2020
+(arXiv 2005.14165, appendix C). An input of three words or more is found where a line of a text is it. An input of any
+length is found where the input of a training example, or an output of three words or more, is it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+LONG, SHORT, LINE = 13, 8, 3  # words
+
+# Scripts that put no spaces between words give one "word" per character.
+_WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|\w+")
+_MARK = re.compile(r"^(?:Input|Output|Text|Answer|Q|A):\s*")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, casefolded, without punctuation."""
+    return _WORD.findall(text.casefold())
+
+
+def _grams(text: list[str], size: int) -> Iterator[tuple[str, ...]]:
+    return zip(*(text[start:] for start in range(size)), strict=False)
+
+
+class HeldOut:
+    """The inputs that no training text may hold, by the task that they come from."""
+
+    def __init__(self, inputs: Iterable[tuple[str, str]]) -> None:
+        self.raw: dict[str, str] = {}
+        self.folded: dict[str, str] = {}
+        self.grams: dict[int, str] = {}  # by hash; 64 bits, so a chance hit is out of the question
+        self.openings: set[tuple[str, ...]] = set()  # the first SHORT words of each gram: one C-speed look rules out most
+        self.sizes: set[int] = set()
+        for task, text in inputs:
+            self.raw.setdefault(text, task)
+            found = words(text)
+            self.folded.setdefault(" ".join(found), task)
+            if len(found) >= SHORT:
+                size = min(LONG, len(found))
+                self.sizes.add(size)
+                for gram in _grams(found, size):
+                    self.grams.setdefault(hash(gram), task)
+                    self.openings.add(gram[:SHORT])
+        self.folded.pop("", None)
+
+    def in_field(self, text: str, *, is_input: bool) -> str | None:
+        """The task one of whose held-out inputs `text` is, exactly or but for case and punctuation."""
+        found = words(text)
+        if not is_input and len(found) < LINE:
+            return None
+        return self.raw.get(text) or self.folded.get(" ".join(found))
+
+    def in_text(self, text: str) -> str | None:
+        """The task of a held-out input of which `text` has LONG words in a row (all, where it has SHORT to LONG)."""
+        found = words(text)
+        if self.openings.isdisjoint(_grams(found, SHORT)):
+            return None
+        grams = (gram for size in self.sizes for gram in _grams(found, size))
+        return next((self.grams[hash(gram)] for gram in grams if hash(gram) in self.grams), None)
+
+    def in_lines(self, text: str) -> str | None:
+        """The task of a held-out input of LINE words or more that is a line of `text`."""
+        if "\n" not in text and len(words(text)) < LINE:
+            return None
+        return next((task for line in text.split("\n") if (task := self._is_line(line))), None)
+
+    def _is_line(self, line: str) -> str | None:
+        found = words(_MARK.sub("", line))
+        return self.folded.get(" ".join(found)) if len(found) >= LINE else None
+
+
+def report(held: HeldOut, inputs: Iterable[str], texts: Iterable[str]) -> dict[str, int]:
+    """How often held-out inputs occur in the `inputs` of training examples and in training `texts`: all zero, or a leak.
+
+    exact: inputs that are one, character by character; casefolded: but for case and punctuation; 13-gram: texts with
+    LONG words in a row of one; lines: texts with a line that is one.
+    """
+    counts = {"inputs": 0, "texts": 0, "exact": 0, "casefolded": 0, "13-gram": 0, "lines": 0}
+    for text in inputs:
+        counts["inputs"] += 1
+        counts["exact"] += text in held.raw
+        counts["casefolded"] += " ".join(words(text)) in held.folded
+    for text in texts:
+        counts["texts"] += 1
+        counts["13-gram"] += held.in_text(text) is not None
+        counts["lines"] += held.in_lines(text) is not None
+    return counts
