@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
+from bases.templates import inputs_in
+
 LONG, SHORT, LINE = 13, 8, 3  # words
 
 # Scripts that put no spaces between words give one "word" per character.
@@ -34,7 +36,9 @@ class HeldOut:
         self.raw: dict[str, str] = {}
         self.folded: dict[str, str] = {}
         self.grams: dict[int, str] = {}  # by hash; 64 bits, so a chance hit is out of the question
-        self.openings: set[tuple[str, ...]] = set()  # the first SHORT words of each gram: one C-speed look rules out most
+        self.openings: set[tuple[str, ...]] = (
+            set()
+        )  # the first SHORT words of each gram: one C-speed look rules out most
         self.sizes: set[int] = set()
         for task, text in inputs:
             self.raw.setdefault(text, task)
@@ -55,6 +59,15 @@ class HeldOut:
             return None
         return self.raw.get(text) or self.folded.get(" ".join(found))
 
+    def in_document(self, prompt: str, answer: str) -> str | None:
+        """The task of a held-out input that a rendered example has anywhere."""
+        return (
+            next((task for text in inputs_in(prompt) if (task := self.in_field(text, is_input=True))), None)
+            or self.in_field(answer, is_input=False)
+            or self.in_text(prompt + answer)
+            or self.in_lines(prompt + answer)
+        )
+
     def in_text(self, text: str) -> str | None:
         """The task of a held-out input of which `text` has LONG words in a row (all, where it has SHORT to LONG)."""
         found = words(text)
@@ -74,19 +87,19 @@ class HeldOut:
         return self.folded.get(" ".join(found)) if len(found) >= LINE else None
 
 
-def report(held: HeldOut, inputs: Iterable[str], texts: Iterable[str]) -> dict[str, int]:
-    """How often held-out inputs occur in the `inputs` of training examples and in training `texts`: all zero, or a leak.
+def report(held: HeldOut, documents: Iterable[tuple[str, str]]) -> dict[str, int]:
+    """How many (prompt, answer) documents hold a held-out input: all counts but `documents` are 0, or there is a leak.
 
-    exact: inputs that are one, character by character; casefolded: but for case and punctuation; 13-gram: texts with
-    LONG words in a row of one; lines: texts with a line that is one.
+    exact: the input of the example, or of a shown one, is one, character by character; casefolded: but for case and
+    punctuation, or the answer is one; 13-gram: LONG words in a row are of one; lines: a line is one.
     """
-    counts = {"inputs": 0, "texts": 0, "exact": 0, "casefolded": 0, "13-gram": 0, "lines": 0}
-    for text in inputs:
-        counts["inputs"] += 1
-        counts["exact"] += text in held.raw
-        counts["casefolded"] += " ".join(words(text)) in held.folded
-    for text in texts:
-        counts["texts"] += 1
-        counts["13-gram"] += held.in_text(text) is not None
-        counts["lines"] += held.in_lines(text) is not None
+    counts = {"documents": 0, "exact": 0, "casefolded": 0, "13-gram": 0, "lines": 0}
+    for prompt, answer in documents:
+        fields = inputs_in(prompt)
+        counts["documents"] += 1
+        counts["exact"] += any(text in held.raw for text in fields)
+        counts["casefolded"] += any(held.in_field(text, is_input=True) for text in fields)
+        counts["casefolded"] += held.in_field(answer, is_input=False) is not None
+        counts["13-gram"] += held.in_text(prompt + answer) is not None
+        counts["lines"] += held.in_lines(prompt + answer) is not None
     return counts

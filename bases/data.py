@@ -5,9 +5,10 @@
     python -m bases.data pack   --cache bases/cache --out bases/cache/stream.bin.xz
     python -m bases.data unpack --cache bases/cache bases/cache/stream.bin.xz
 
-The cache: `tokens.npy` (uint16, the documents one after the other, each ending in <|endoftext|>), `documents.npy` (one row
-a document, see DOCUMENT), `manifest.json` (sources, licences, counts, the audit) and `tokenizer/`. Only training splits
-are read. What has no split of its own gets one here: a fifth of the inputs of function_vectors, by hash, is held out.
+The cache: `tokens.npy` (uint16, the documents one after the other, each ending in <|endoftext|>), `documents.npy` (one
+row a document, see DOCUMENT), `manifest.json` (sources, licences, counts, the audit) and `tokenizer/`. Only training
+splits are read. What has no split of its own gets one here: a fifth of the inputs of function_vectors, by hash, is
+held out.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ from bases.templates import EOT, Example, Pair, render
 
 # Share of the tokens of one pass, and why. A pass sees the novels once and repeats or thins out the rest to fit.
 MIX: dict[str, tuple[float, str]] = {
-    "novels": (0.45, "all the long English there is; one time each, so that the rest cannot be learned by heart for it"),
+    "novels": (
+        0.45,
+        "all the long English there is; one time each, so that the rest cannot be learned by heart for it",
+    ),
     "speeches": (0.02, "modern formal prose; little of it, so about once or twice a pass"),
     "sgd_dialogues": (0.06, "two-party dialogue: requests, values, confirmations"),
     "tldr_pages": (0.04, "command lines with placeholders, which no prose has"),
@@ -40,6 +44,7 @@ MIX: dict[str, tuple[float, str]] = {
     "superni": (0.15, "120 more instructions in the format that the model has to follow unseen"),
     "induction": (0.03, "short word tasks shown by examples only; small, and easily repeated too often"),
 }
+SHARES = {group: share for group, (share, _) in MIX.items()}
 TEXTS = ("novels", "speeches", "sgd_dialogues", "tldr_pages")
 LICENCES = {
     "novels": "public domain texts (CC BY 4.0 markup)",
@@ -47,16 +52,24 @@ LICENCES = {
     "sgd_dialogues": "CC BY-SA 4.0",
     "tldr_pages": "CC BY 4.0",
 }
-RETRIEVAL = ("scitldr_retrieval", "tldr_retrieval")  # their training pairs are those of scitldr_summary and tldr_command
+RETRIEVAL = (
+    "scitldr_retrieval",
+    "tldr_retrieval",
+)  # their training pairs are those of scitldr_summary and tldr_command
 VARIANTS = 2  # surfaces of each example
-EVERY = {"novels": 94, "speeches": 20, "sgd_dialogues": 100, "tldr_pages": 50}  # one document in so many is for perplexity
+EVERY = {
+    "novels": 94,
+    "speeches": 20,
+    "sgd_dialogues": 100,
+    "tldr_pages": 50,
+}  # one document in so many is for perplexity
 EVERY_EXAMPLE = 50
 
 # `answer`: where the answer begins, 0 for text without one; `held`: for perplexity, never trained on.
 DOCUMENT = np.dtype([("length", "u4"), ("answer", "u4"), ("source", "u2"), ("held", "u1")])
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read_texts(data: Path, group: str) -> Iterator[str]:
@@ -106,7 +119,7 @@ def read_held_out(data: Path) -> Iterator[tuple[str, str]]:
 
 
 def held_pages(data: Path) -> set[str]:
-    """Programs whose manual page answers a held-out example of tldr_command or tldr_retrieval: the page is the answer."""
+    """Programs whose manual page is the answer to a held-out example of tldr_command or tldr_retrieval."""
     tasks, names = data / "tasks", set()
     for split in ("validation", "test"):
         rows = _rows(tasks / "tldr_command" / f"{split}.jsonl")
@@ -128,7 +141,11 @@ def _task(name: str, card: dict[str, Any], rows: Iterable[dict[str, Any]]) -> It
     instruction, labels, shown = card["definition"], tuple(card["labels"] or ()), card["positive_examples"]
     if card["kind"] == "tagging":
         spans = any(label.startswith("B-") for label in labels)
-        how = ' Write "slot = words" for each, separated by "; ", or "none".' if spans else " Write word/TAG for each word."
+        how = (
+            ' Write "slot = words" for each, separated by "; ", or "none".'
+            if spans
+            else " Write word/TAG for each word."
+        )
         told = (instruction.replace(", in BIO form", "").split(" (BIO")[0].rstrip(".") + "." + how,)
         names = tuple(dict.fromkeys(label[2:] for label in labels if label != "O")) if spans else labels
         pairs = tuple((" ".join(e["tokens"]), tags_as_text(e["tokens"], e["tags"])) for e in shown)
@@ -140,7 +157,9 @@ def _task(name: str, card: dict[str, Any], rows: Iterable[dict[str, Any]]) -> It
                 yield Example(f"tasks/{name}_intent", asked, text, row["intent"])
             if "tags_knowledge" in row:
                 asked = (f"Find the tools and subjects that this sentence of a job advertisement asks for.{how}",)
-                yield Example(f"tasks/{name}_knowledge", asked, text, tags_as_text(row["tokens"], row["tags_knowledge"]))
+                yield Example(
+                    f"tasks/{name}_knowledge", asked, text, tags_as_text(row["tokens"], row["tags_knowledge"])
+                )
         return
     pairs = tuple((e["input"], _answer(e["output"])) for e in shown)
     for row in rows:
@@ -200,7 +219,7 @@ def licences(data: Path) -> dict[str, str]:
     return found | {"induction": "Apache-2.0 (instruction_induction); MIT (function_vectors)"}
 
 
-# --- building ----------------------------------------------------------------------------------------------------------
+# --- building -------------------------------------------------------------------------------------
 
 
 def clean(examples: Iterable[Example], held: HeldOut, dropped: Counter[str]) -> Iterator[Example]:
@@ -306,7 +325,7 @@ def build(data: Path, cache: Path, *, limit: int | None = None) -> dict[str, Any
         "dropped": dict(dropped),
     }
     _write(cache / "manifest.json", manifest)
-    manifest["audit"] = audit(data, cache, held=held, limit=limit)
+    manifest["audit"] = audit(data, cache, held=held)
     _write(cache / "manifest.json", manifest)
     return manifest
 
@@ -316,7 +335,7 @@ def _safe(
 ) -> Iterator[tuple[str, str, str, bool]]:
     """Rendered documents without those in which a held-out input came about by putting the parts together."""
     for source, prompt, answer, out in documents:
-        if held.in_text(prompt + answer) or held.in_lines(prompt + answer):
+        if held.in_document(prompt, answer):
             dropped[f"{source} (rendered)"] += 1
         else:
             yield source, prompt, answer, out
@@ -346,11 +365,8 @@ def _blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield block
 
 
-def audit(data: Path, cache: Path, *, held: HeldOut | None = None, limit: int | None = None) -> dict[str, Any]:
-    """Look for held-out inputs in what was written: the stream itself, decoded. Everything but `inputs` must be 0.
-
-    The inputs of the examples are looked at as they were before rendering, since a short one cannot be told in a text.
-    """
+def audit(data: Path, cache: Path, *, held: HeldOut | None = None) -> dict[str, Any]:
+    """Look for held-out inputs in what was written, the decoded stream: all counts but `documents` must be 0."""
     held = held or HeldOut(read_held_out(data))
     tokenizer = Tokenizer.from_file(str(cache / "tokenizer/tokenizer.json"))
     names = list(_json(cache / "manifest.json")["sources"])
@@ -358,27 +374,26 @@ def audit(data: Path, cache: Path, *, held: HeldOut | None = None, limit: int | 
     starts = np.cumsum(table["length"], dtype=np.int64) - table["length"]
     texts = np.array([name in TEXTS for name in names])[table["source"]]
 
-    def decoded(chosen: np.ndarray) -> Iterator[str]:
-        for block in _blocks(np.flatnonzero(chosen), 2000):
-            spans = [(int(starts[n]), int(table["length"][n])) for n in block]
-            yield from tokenizer.decode_batch([tokens[start : start + size].tolist() for start, size in spans])
+    def decoded(chosen: np.ndarray) -> Iterator[tuple[str, str]]:
+        for n in np.flatnonzero(chosen):
+            start, answer = int(starts[n]), int(starts[n] + table["answer"][n])
+            end = start + int(table["length"][n]) - 1  # without <|endoftext|>
+            prompt, rest = (tokenizer.decode(ids.tolist(), False) for ids in (tokens[start:answer], tokens[answer:end]))
+            yield prompt, rest
 
-    examples = clean(_limited(read_examples(data), limit), held, Counter())
-    fields = (text for e in examples for text in (e.input, *(x for x, _ in e.demonstrations)))
-    prose = report(held, (), decoded(texts))
-    return {
-        "held_out_inputs": len(held.raw),
-        "task part": report(held, fields, decoded(~texts)),
-        # A line of a novel may well be somebody's test input ("What is your name?"): not counted there.
-        "text part": {key: prose[key] for key in ("texts", "13-gram")},
-    }
+    prose = {"documents": 0, "13-gram": 0}
+    for _, text in decoded(texts):
+        prose["documents"] += 1
+        prose["13-gram"] += held.in_text(text) is not None
+    # A line of a novel may well be somebody's test input ("What is your name?"): lines count in the task part only.
+    return {"held_out_inputs": len(held.raw), "task part": report(held, decoded(~texts)), "text part": prose}
 
 
 def _write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# --- the journey -------------------------------------------------------------------------------------------------------
+# --- the journey ----------------------------------------------------------------------------------
 
 # Two-byte units: `lp=1` lets xz see them.
 XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 27, "lc": 2, "lp": 1, "pb": 1, "nice_len": 128}]
@@ -409,7 +424,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=os.environ.get("POLYTASK_DATA"), help="default: $POLYTASK_DATA")
     parser.add_argument("--cache", type=Path, default=Path("bases/cache"))
     parser.add_argument("--out", type=Path, default=Path("bases/cache/stream.bin.xz"), help="pack: the file")
-    parser.add_argument("--limit", type=int, help="build, audit: so many documents of each text, examples of each task")
+    parser.add_argument("--limit", type=int, help="build: so many documents of each text, examples of each task")
     args = parser.parse_args()
     if args.step in ("build", "audit") and args.data is None:
         parser.error("set POLYTASK_DATA or give --data")
@@ -421,7 +436,7 @@ def main() -> None:
     elif args.step == "unpack":
         unpack(args.packed, args.cache)
     elif args.step == "audit":
-        found = audit(args.data, args.cache, limit=args.limit)
+        found = audit(args.data, args.cache)
         print(json.dumps(found, indent=1))
         raise SystemExit(0 if is_clean(found) else 1)
     else:
@@ -433,7 +448,7 @@ def main() -> None:
 def is_clean(found: dict[str, Any]) -> bool:
     """Whether an audit found nothing."""
     parts = (found["task part"], found["text part"])
-    return not any(count for part in parts for key, count in part.items() if key not in ("inputs", "texts"))
+    return not any(count for part in parts for key, count in part.items() if key != "documents")
 
 
 def show(manifest: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 | surface | looks like | why |
 | --- | --- | --- |
-| definition | Definition: … Positive Example 1 - … Input: … Output: | Super-NaturalInstructions (Wang et al. 2022, arXiv 2204.07705) |
+| definition | Definition: … Positive Example 1 - … Input: … Output: | Wang et al. 2022, arXiv 2204.07705 |
 | plain | instruction, empty line, input, empty line | what people write |
 | fields | Task: … Text: … Answer: | another wording of the same |
 | chat | <|user|> … <|assistant|> | the tokenizer's chat template |
@@ -54,7 +54,7 @@ def shots(pairs: Sequence[Pair], text: str) -> str:
 
 
 def with_labels(instruction: str, labels: Sequence[str], gold: str, random: Random) -> str:
-    """The instruction, now and then with the label list: all of a short one, ten of a long one, the gold one among them."""
+    """The instruction, now and then with the label list: all of a short one, ten of a long one with the gold one."""
     if not labels or random.random() < 0.5:
         return instruction
     shown = list(labels)
@@ -87,3 +87,18 @@ def render(example: Example, pool: Sequence[Pair], random: Random) -> tuple[str,
     if surface == "fields":
         return f"Task: {instruction}\nText: {x}\nAnswer:", f" {y}"
     return chat(instruction, x), y
+
+
+def inputs_in(prompt: str) -> list[str]:
+    """Every text in a rendered prompt that may be an input, shown examples included: what an audit has to look at.
+
+    It reads the surfaces from their marks alone, so that it does not depend on how the prompt was made.
+    """
+    found = []
+    for begin, end in (("Input: ", "\nOutput:"), ("Text: ", "\nAnswer:")):
+        parts = prompt.split(begin)[1:]
+        found += [begin.join(parts[n:]).split(end)[0] for n in range(len(parts))]
+    if not prompt.endswith(("\nOutput:", "\nAnswer:")):
+        rest = prompt.removesuffix(f"\n{ASSISTANT}\n").removesuffix("\n\n").split("\n\n")[1:]
+        found += ["\n\n".join(rest[n:]) for n in range(len(rest))]
+    return found

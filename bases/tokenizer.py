@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=os.environ.get("POLYTASK_DATA"), help="default: $POLYTASK_DATA")
     parser.add_argument("--cache", type=Path, default=Path("bases/cache"))
-    parser.add_argument("--megabytes", type=float, default=40, help="characters to learn from, in millions")
+    parser.add_argument("--megabytes", type=float, default=24, help="characters to learn from, in millions")
     args = parser.parse_args()
     if args.data is None:
         parser.error("set POLYTASK_DATA or give --data")

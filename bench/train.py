@@ -121,10 +121,10 @@ def _peer_run(
 
 def main() -> None:
     o = options(__doc__ or "", rounds=7, limit=240.0, examples=640, tasks="banking77_intent,scicite", scores=False,
-                epochs=8, seeds=2)  # fmt: skip
+                epochs=8, scored=1500, seeds=2)  # fmt: skip
     base = load("minilm")
     if o.scores:
-        task = data.part(data.task("banking77_intent"), 1500, held=True, test=500)
+        task = data.part(data.task("banking77_intent"), o.scored, held=True, test=500)
         runs = scores(base, task, o.epochs, o.seeds)
         rows = []
         for what, unit in (("score", "accuracy"), ("seconds", "s")):

@@ -347,7 +347,7 @@ def test_superni_generation(tmp_path: Path) -> None:
         f"i{n}": tuple(o) if len(o) > 1 else o[0] for n, o in enumerate(outputs)
     }
     assert [(e.input, e.output) for e in task.demonstrations] == [("p", "q")]
-    assert "not kept: 1 negative examples" in task.notes
+    assert [(e.input, e.output) for e in task.negatives] == [("n", "m")]
 
 
 def test_superni_classification_and_given_splits(tmp_path: Path) -> None:

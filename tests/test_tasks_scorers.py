@@ -23,12 +23,12 @@ from polytask.tasks.scorers import (
     _labelled,
     _measured,
     _tagged,
-    _written,
     default_metric,
     metric_name,
     score,
 )
 from polytask.tasks.task import KINDS, Kind
+from polytask.tasks.text_scorers import written
 
 
 def task(kind: Kind, outputs: list[Any], labels: str = "", metric: str = "") -> tuple[Task, list[Example]]:
@@ -178,7 +178,7 @@ def test_resamples_are_the_metric_of_the_drawn_rows(kind: Kind) -> None:
     gold, guess = [one() for _ in range(40)], [one() for _ in range(40)]
     guess = [g if n % 2 else p for n, (g, p) in enumerate(zip(gold, guess, strict=True))]
     t, rows = task(kind, gold, "X" if kind == "tagging" else " ".join(names))
-    measure = {"tagging": _tagged, "generation": _written}.get(kind, _labelled)
+    measure = {"tagging": _tagged, "generation": written}.get(kind, _labelled)
     _, resample = measure(t, guess, rows)
     for _ in range(20):
         drawn = rng.integers(0, 40, 40)
@@ -252,7 +252,7 @@ def test_a_thousand_rows_and_150_labels_are_fast() -> None:
         ("Macro-F1", "classification", "macro_f1"),
         ("macro_f1 (multi-label)", "multilabel", "macro_f1"),
         ("token accuracy", "tagging", "token_accuracy"),
-        ("slot_f1 (or exact match)", "generation", "exact_match"),
+        ("slot_f1 (or exact match)", "generation", "slot_f1"),
         ("average precision (binary) or spearman", "similarity", "spearman"),
         ("exact_match and rouge_l", "generation", "exact_match"),
     ],

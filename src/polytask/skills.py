@@ -44,7 +44,10 @@ class Library(Store):
         return answers[0] if one else answers
 
     def engine(self) -> Engine:
-        """The engine over all adapters that are in the library now and belong to its backbone."""
+        """The engine over the adapters that are in the library now and belong to its backbone.
+
+        Inputs are routed among the newest versions; an older one answers where it is named.
+        """
         entries = self.list()
         if not entries:
             raise UsageError(f"the library {self.location} is empty: add an adapter with `polytask adapt`")
@@ -56,7 +59,11 @@ class Library(Store):
             self.use(load(names[0][0]))
         engine = self._engine
         assert engine is not None
-        wanted = {entry.id for entry in entries if entry.fingerprint == engine.backbone.fingerprint}
+        newest: dict[str, str] = {}
+        for entry in entries:  # by name, newest first
+            if entry.fingerprint == engine.backbone.fingerprint:
+                newest.setdefault(entry.name, entry.id)
+        wanted = set(newest.values())
         for loaded in {adapter.id for adapter in engine.adapters} - wanted:
             engine.drop(loaded)
         for missing in sorted(wanted - {adapter.id for adapter in engine.adapters}):

@@ -73,24 +73,32 @@ class Engine:
         self.source = source
         self._loaded: dict[str, _Loaded] = {}
         self._names: dict[str, str] = {}
+        self._routed: set[str] = set()
         self._shapes: dict[Method, dict[str, torch.Size]] = {}
         self._plans: OrderedDict[tuple[str, ...], Plan] = OrderedDict()
         self._lock = threading.RLock()
         for adapter in adapters:
             self.add(adapter)
 
-    def add(self, adapter: Adapter) -> str:
-        """Make an adapter ready to answer; its id. Raises PolytaskError where it does not fit the backbone."""
+    def add(self, adapter: Adapter, *, routed: bool = True) -> str:
+        """Make an adapter ready to answer; its id. With `routed=False` inputs are not routed to it and its name stays
+        another's (that of a newer version): it answers only where it is asked for.
+
+        Raises PolytaskError where it does not fit the backbone.
+        """
         with self._lock:
             if adapter.id not in self._loaded:
                 self._loaded[adapter.id] = self._fit(adapter)
-            self._names[adapter.name] = adapter.id
+            if routed:
+                self._routed.add(adapter.id)
+                self._names[adapter.name] = adapter.id
             return adapter.id
 
     def drop(self, id: str) -> None:
         """Forget an adapter."""
         with self._lock:
             self._loaded.pop(id, None)
+            self._routed.discard(id)
             self._names = {name: at for name, at in self._names.items() if at != id}
             for key in [key for key in self._plans if id in key]:
                 del self._plans[key]
@@ -143,7 +151,9 @@ class Engine:
             return self._names[ref]
         if self.source is None:
             raise UsageError(f"no adapter {ref!r} here; there are {', '.join(self._names) or 'none'}")
-        return self.add(self.source.get(ref))
+        found = self.add(self.source.get(ref), routed=False)
+        self._names.setdefault(ref, found)
+        return found
 
     def answer(self, requests: Sequence[Request], limit: int = 256) -> list[Answer]:
         """An answer for each request, in order."""
@@ -227,8 +237,8 @@ class Engine:
         return head is not None and head.pair != "none"
 
     def router(self) -> tuple[list[str], NearestTask]:
-        """The ids of the loaded adapters that have a profile, and the router over them."""
-        known = [(id, loaded.adapter.at("task")) for id, loaded in self._loaded.items()]
+        """The ids of the adapters that inputs are routed to, those with a profile of their task, and the router."""
+        known = [(id, loaded.adapter.at("task")) for id, loaded in self._loaded.items() if id in self._routed]
         with_profile = [(id, t) for id, t in known if "mean" in t and "spread" in t]
         profiles = [Profile(t["mean"], float(t["spread"][0]), float(t["spread"][1])) for _, t in with_profile]
         return [id for id, _ in with_profile], NearestTask(profiles)

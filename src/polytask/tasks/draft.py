@@ -50,7 +50,7 @@ def assemble(
     demonstrations = [
         to_example(row, kind, row.id or f"demonstration-{n}") for n, row in enumerate(draft.demonstrations, 1)
     ]
-    negatives = [to_example(row, kind, row.id or f"negative-{n}") for n, row in enumerate(draft.negatives, 1)]
+    negatives = _negatives(draft.negatives, kind, notes)
     everything = [example for part in given.values() for example in part]
     if kind == "tagging":
         check_bio(zip(rows, (e for split in SPLITS for e in given.get(split, ())), strict=True))
@@ -72,7 +72,7 @@ def assemble(
         licence=draft.licence,
         source=draft.source,
         demonstrations=tuple(demonstrations),
-        negatives=tuple(negatives),
+        negatives=negatives,
         notes=tuple(notes),
     )
 
@@ -102,6 +102,19 @@ def _examples(rows: Sequence[Row], kind: Kind, notes: list[str]) -> tuple[Exampl
             )
         seen[id] = row
         examples.append(to_example(row, kind, id))
+    return tuple(examples)
+
+
+def _negatives(rows: Sequence[Row], kind: Kind, notes: list[str]) -> tuple[Example, ...]:
+    """Wrong outputs need not have the form of right ones; those that have none at all are noted."""
+    examples = []
+    for number, row in enumerate(rows, 1):
+        try:
+            examples.append(to_example(row, kind, row.id or f"negative-{number}"))
+        except PolytaskError:
+            continue
+    if len(examples) < len(rows):
+        notes.append(f"not kept: {len(rows) - len(examples)} negative examples, which are no {kind} examples")
     return tuple(examples)
 
 

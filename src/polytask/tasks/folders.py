@@ -186,13 +186,12 @@ def _json(folder: Path, names: Mapping[str, str | None]) -> Draft:
         notes=[str(card["notes"])] if card.get("notes") else [],
         foreign=True,
     )
-    shown = card.get("positive_examples") or []
-    if shown and columns and all(isinstance(e, dict) and {columns.input, columns.output} <= set(e) for e in shown):
-        draft.demonstrations = replace(columns, id=None).rows(
-            from_records(str(path), "positive example", enumerate(shown, 1))
-        )
-    elif shown:
-        draft.notes.append(f"not kept: {len(shown)} positive examples, whose fields are not those of the rows")
+    for what, into in (("positive example", draft.demonstrations), ("negative example", draft.negatives)):
+        shown = card.get(f"{what.replace(' ', '_')}s") or []
+        if shown and columns and all(isinstance(e, dict) and {columns.input, columns.output} <= set(e) for e in shown):
+            into += replace(columns, id=None).rows(from_records(str(path), what, enumerate(shown, 1)))
+        elif shown:
+            draft.notes.append(f"not kept: {len(shown)} {what}s, whose fields are not those of the rows")
     return from_tables(tables, draft, names, columns)
 
 

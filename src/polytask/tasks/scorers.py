@@ -1,8 +1,8 @@
 """How well predictions fit: one number, its 95 % interval, and what else is usually reported beside it.
 
-The number is scikit-learn's, seqeval's or scipy's; those of texts are in `text_scorers`. The interval is a percentile bootstrap over examples: each metric
-is a function of sums over examples (right answers, counts per label, moments), so a resample costs one row of a matrix
-product and no call of the reference library.
+The number is scikit-learn's, seqeval's or scipy's; those of texts are in `text_scorers`. The interval is a percentile
+bootstrap over examples: each metric is a function of sums over examples (right answers, counts per label, moments), so
+a resample costs one row of a matrix product and no call of the reference library.
 """
 
 from __future__ import annotations
