@@ -37,11 +37,11 @@ MIX: dict[str, tuple[float, str]] = {
         0.45,
         "all the long English there is; one time each, so that the rest cannot be learned by heart for it",
     ),
-    "speeches": (0.02, "modern formal prose; little of it, so about once or twice a pass"),
+    "speeches": (0.02, "formal prose; little of it, so no more than about twice a pass"),
     "sgd_dialogues": (0.06, "two-party dialogue: requests, values, confirmations"),
     "tldr_pages": (0.04, "command lines with placeholders, which no prose has"),
-    "tasks": (0.25, "instruction, input and output of 21 tasks, as a user of polytask has them"),
-    "superni": (0.15, "120 more instructions in the format that the model has to follow unseen"),
+    "tasks": (0.25, "instruction, input and output of everyday tasks, as a user of polytask has them"),
+    "superni": (0.15, "many more instructions, in the format that the model has to follow unseen"),
     "induction": (0.03, "short word tasks shown by examples only; small, and easily repeated too often"),
 }
 SHARES = {group: share for group, (share, _) in MIX.items()}

@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("bases/cache"))
     parser.add_argument("--out", type=Path, default=Path("bases/polytask-base"))
     parser.add_argument("--version", default="0.1.0")
-    parser.add_argument("--tokens", type=int, default=100_000, help="of each text source, to measure on")
+    parser.add_argument("--tokens", type=int, default=100_000, help="of each source, to measure on, at most")
     args = parser.parse_args()
     folder = last(args.run)
     if folder is None:

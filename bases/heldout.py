@@ -54,7 +54,7 @@ class Score:
 def measure(
     model: LlamaForCausalLM, cache: Cache, tokenizer: Any, *, length: int, rows: int = 8, tokens: int = 100_000
 ) -> dict[str, Score]:
-    """The score of each source; of a text source at most about `tokens` tokens, in pieces of `length`."""
+    """The score of each source, of at most about `tokens` tokens of it, in rows of `length`."""
     model.eval()
     device = next(model.parameters()).device
     precision = "bf16" if has_bf16(device) else "fp32"
@@ -63,7 +63,7 @@ def measure(
         here = np.flatnonzero((cache.documents["source"] == number) & (cache.documents["held"] == 1))
         if len(here):
             plan = rows_of(cache, here, length)
-            last_row = len(plan) if name not in TEXTS else min(len(plan), max(1, tokens // length))
+            last_row = min(len(plan), max(1, tokens // length))
             score = Score()
             for begin in range(0, last_row, rows):
                 batch = collate(cache, plan, range(begin, min(begin + rows, last_row)), length, tokenizer.pad_token_id)
@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, default=Path("bases/runs/base"))
     parser.add_argument("--cache", type=Path, default=Path("bases/cache"))
-    parser.add_argument("--tokens", type=int, default=100_000, help="of each text source, at most")
+    parser.add_argument("--tokens", type=int, default=100_000, help="of each source, at most")
     args = parser.parse_args()
 
     from bases.finish import load_checkpoint

@@ -29,7 +29,13 @@ TASKS = (
     "snips_slots",
     "btc_ner",
 )
-METHODS: dict[str, dict[str, Any]] = {"lora": {}, "bottleneck": {"reduction": 8}, "full": {}}
+LINEAR = ("*.attn.q", "*.attn.k", "*.attn.v", "*.attn.o", "*.mlp.up", "*.mlp.down")
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 16, "alpha": 32, "sites": LINEAR},
+    "bottleneck": {"reduction": 8},
+    "full": {},
+}
+RATES = {"lora": 1e-3, "bottleneck": 1e-3, "full": 1e-4}
 SEEDS = (0, 1)
 EPOCHS = 4
 EXAMPLES = 2000  # of each training split, from its beginning
@@ -47,7 +53,11 @@ def run(name: str, method: str, seed: int) -> dict[str, Any]:
     task = pt.Task.read(folder / name)
     task = replace(task, train=task.train[:EXAMPLES])
     adapter = pt.adapt(
-        base(), task, method, hyperparameters=METHODS[method], settings=pt.Settings(seed=seed, epochs=EPOCHS, limit=LIMIT)
+        base(),
+        task,
+        method,
+        hyperparameters=METHODS[method],
+        settings=pt.Settings(lr=RATES[method], seed=seed, epochs=EPOCHS, limit=LIMIT),
     )
     scores = adapter.card.scores
     return {

@@ -28,8 +28,10 @@ def main() -> int:
             rows.path.unlink(missing_ok=True)
             rows = Rows(name.partition("_")[0])
         verdict = module.measure(rows)
-        print(f"{name.partition('_')[0]} | {module.PAPER} | {module.CLAIM} | {verdict.measured} | "
-              f"{'holds' if verdict.holds else 'does not hold'}")
+        print(
+            f"{name.partition('_')[0]} | {module.PAPER} | {module.CLAIM} | {verdict.measured} | "
+            f"{'holds' if verdict.holds else 'does not hold'}"
+        )
     return 0
 
 

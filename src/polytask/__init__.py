@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from polytask.composition import Mixture, mix
     from polytask.errors import PolytaskError, UsageError
     from polytask.inference import Engine, Request
-    from polytask.recipes import adapt, adapt_many
+    from polytask.recipes.adapt import adapt, adapt_many
     from polytask.skills import Library
     from polytask.tasks import Example, Task
     from polytask.training import Settings

@@ -25,7 +25,9 @@ class Library(Store):
         self._engine = Engine(base, source=self)
 
     @overload
-    def answer(self, inputs: str, adapter: str | Mixture | None = None) -> Answer: ...
+    def answer(  # type: ignore[overload-overlap]  # a str is a sequence of str too
+        self, inputs: str, adapter: str | Mixture | None = None
+    ) -> Answer: ...
     @overload
     def answer(self, inputs: Sequence[str | Request], adapter: str | Mixture | None = None) -> list[Answer]: ...
 

@@ -114,8 +114,9 @@ class Library:
             UsageError: nothing has this name, it is in the trash, or several ids begin so.
             PolytaskError: its files are damaged.
         """
-        entry = self.entry(ref)
-        return self._load(self._live(entry.id), device=device)
+        # A whole id names its folder, and where a folder stands is the truth: the index need not be asked.
+        known = _ID.fullmatch(ref) and (self._live(ref) / DESCRIPTION).exists()
+        return self._load(self._live(ref if known else self.entry(ref).id), device=device)
 
     def entry(self, ref: str) -> Entry:
         """The row of an adapter that is not in the trash; errors as in `get`."""

@@ -7,7 +7,7 @@ validation split better: the head costs nothing to serve.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class Plan:
     task: Task
     method: str = "auto"
     hyperparameters: Mapping[str, Any] | None = None
-    settings: Settings = Settings()
+    settings: Settings = field(default_factory=Settings)
     pool: str = "mean"
     pair: str = "separate"
     causal: bool = True
