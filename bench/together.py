@@ -11,26 +11,16 @@ from typing import Any
 
 from bench import data
 from bench.measure import Row, Samples, Window, keep, options, turns
+from claims.tasks import EIGHT
 from polytask.backbones import Backbone, heads, load
 from polytask.methods import build
 from polytask.training import Job, Settings, train
 from polytask.training.loop import Event, Loop, _prepare
 
-TASKS = (
-    "banking77_intent",
-    "clinc150_intent",
-    "scicite",
-    "cr_polarity",
-    "hate_offensive",
-    "csabstruct",
-    "snips_slots",
-    "btc_ner",
-)
-
 
 def made(batch: int, examples: int, epochs: int = 1, *, held: bool = False) -> list[Job]:
     jobs = []
-    for given in data.tasks(TASKS):
+    for given in data.tasks(EIGHT):
         task = data.part(given, examples, held=held)
         jobs.append(Job(task, build("lora"), heads.design(task), Settings(epochs=epochs, batch=batch, patience=epochs)))
     return jobs

@@ -16,19 +16,10 @@ from typing import Any
 
 import polytask as pt
 from claims.claim import Rows, Verdict, data
+from claims.tasks import EIGHT as TASKS
 
 PAPER = "Houlsby et al. 2019"
 CLAIM = "adapters with 3.6 % of the parameters come within 0.4 points of full fine-tuning"
-TASKS = (
-    "banking77_intent",
-    "clinc150_intent",
-    "scicite",
-    "cr_polarity",
-    "hate_offensive",
-    "csabstruct",
-    "snips_slots",
-    "btc_ner",
-)
 LINEAR = ("*.attn.q", "*.attn.k", "*.attn.v", "*.attn.o", "*.mlp.up", "*.mlp.down")
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"r": 16, "alpha": 32, "sites": LINEAR},

@@ -8,15 +8,11 @@ find damage and mistakes, not an attacker who can write both files.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import secrets
 import shutil
-import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +25,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from polytask.adapters.adapter import Adapter, BackboneCard, Card, HeadCard
+from polytask.adapters.disk import previous, whole_folder
 from polytask.errors import PolytaskError, UsageError
 
 FORMAT_VERSION = 1
 TENSORS = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
-
-# A writer that was killed leaves its temporary folder behind; one this old (seconds) has no writer any more.
-_ABANDONED = 3600.0
 
 
 class Stored(BaseModel):
@@ -61,7 +55,7 @@ class Stored(BaseModel):
             self.method,
             self.hyperparameters,
             self.backbone.model_dump(mode="json"),
-            self.head.model_dump(mode="json") if self.head else None,
+            self.head.model_dump(mode="json", exclude_none=True) if self.head else None,
             self.sha256,
             self.tensors,
         ]
@@ -92,7 +86,7 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
     except (TypeError, ValueError) as error:
         raise PolytaskError(f"{folder}: a hyperparameter cannot be written as JSON: {_line(error)}") from None
 
-    with whole_folder(folder, (TENSORS, DESCRIPTION)) as temporary:
+    with whole_folder(folder, (TENSORS, DESCRIPTION), last=DESCRIPTION) as temporary:
         write_safetensors(adapter.tensors, temporary / TENSORS)
         with open(temporary / TENSORS, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -127,10 +121,10 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> Adapter:
     folder = Path(folder)
     if not (folder / DESCRIPTION).exists():
         # A writer that was killed between its two renames leaves the old adapter here: see `whole_folder`.
-        previous = _previous(folder)
-        if not (previous / DESCRIPTION).exists():
+        aside = previous(folder)
+        if not (aside / DESCRIPTION).exists():
             raise UsageError(f"{folder}: no adapter here (it has no {DESCRIPTION})")
-        folder = previous
+        folder = aside
     stored = describe(folder)
     path = folder / TENSORS
     data = _read(path)
@@ -171,7 +165,7 @@ def describe(folder: str | Path) -> Stored:
         version = _version(text)
         if version > FORMAT_VERSION:
             raise _newer(path, version) from None
-        raise PolytaskError(f"{path}: {explain(error)}") from None
+        raise PolytaskError(f"{path}: {_explain(error)}") from None
     if stored.format_version > FORMAT_VERSION:
         raise _newer(path, stored.format_version)
     if stored.digest != stored.expected_digest():
@@ -227,118 +221,9 @@ def write_json(fields: Mapping[str, Any], path: Path) -> None:
     path.write_bytes(data)
 
 
-@contextmanager
-def whole_folder(folder: Path, names: Collection[str]) -> Iterator[Path]:
-    """A temporary sibling to write into, which takes the folder's place, whole, when the block ends well.
-
-    Where the folder exists and holds nothing but `names`, it is replaced. No system renames over a full folder, so the
-    old one steps aside as `.<name>.previous` first; `load` finds it there if the writer is killed between the renames.
-
-    Raises:
-        UsageError: the folder is a file, or holds something that is not in `names`.
-        PolytaskError: the disk refuses; what was there before is still there.
-    """
-    target = Path(os.path.realpath(folder))
-    temporary = target.parent / f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    try:
-        _check_replaceable(folder, target, names)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        sweep(target.parent, f".{target.name}.*.tmp")
-        temporary.mkdir()
-        yield temporary
-        for path in temporary.iterdir():
-            sync(path)
-        sync(temporary)
-        _put(temporary, target)
-        sync(target.parent)
-    except OSError as error:
-        reason = error.strerror or _line(error)
-        raise PolytaskError(f"{folder}: not written: {reason}; what was there is unchanged") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def sweep(parent: Path, pattern: str) -> None:
-    """Delete temporary folders that killed writers left behind, once they are an hour old."""
-    for path in parent.glob(pattern):
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > _ABANDONED:
-                shutil.rmtree(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or a folder's list of names is on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows has no fsync of a folder
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def explain(error: ValidationError) -> str:
-    """The first complaint of pydantic in one line: the line of a JSON error, or the field and what it should be."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].replace("\n", " ")
-    more = error.error_count() - 1
-    rest = f" (and {more} more)" if more else ""
-    return (f"field {where}: {message}" if where else message) + rest
-
-
 def shown(text: str) -> str:
     """A foreign text as a message may hold it: in quotes and escaped where it would break the line."""
     return text if text.isprintable() else repr(text)
-
-
-def _put(temporary: Path, target: Path) -> None:
-    previous = _previous(target)
-    try:
-        os.replace(temporary, target)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES) or not target.is_dir():
-            raise
-        if _replace_description(temporary, target):
-            return
-        shutil.rmtree(previous, ignore_errors=True)
-        os.replace(target, previous)
-        try:
-            os.replace(temporary, target)
-        except BaseException:
-            os.replace(previous, target)
-            raise
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def _replace_description(temporary: Path, target: Path) -> bool:
-    """Where the tensors are the same, one rename of one file does it, and a reader never finds the folder missing."""
-    if not (temporary / DESCRIPTION).exists():
-        return False
-    try:
-        with open(temporary / TENSORS, "rb") as new, open(target / TENSORS, "rb") as old:
-            if hashlib.file_digest(new, "sha256").digest() != hashlib.file_digest(old, "sha256").digest():
-                return False
-    except FileNotFoundError:
-        return False
-    os.replace(temporary / DESCRIPTION, target / DESCRIPTION)
-    sync(target)
-    return True
-
-
-def _check_replaceable(folder: Path, target: Path, names: Collection[str]) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise UsageError(f"{folder}: is a file; name a folder")
-    foreign = sorted(set(os.listdir(target)) - set(names))
-    if foreign:
-        raise UsageError(f"{folder}: holds {foreign[0]}, which is no part of an adapter; choose another folder")
-
-
-def _previous(folder: Path) -> Path:
-    target = Path(os.path.realpath(folder))
-    return target.parent / f".{target.name}.previous"
 
 
 def _read(path: Path) -> bytes:
@@ -403,10 +288,22 @@ def _some(names: list[str]) -> str:
 
 
 def _shape(tensor: Tensor) -> str:
+    """As `Stored.tensors` has it: `float32 8x384`."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {'x'.join(map(str, tensor.shape))}"
 
 
+def _explain(error: ValidationError) -> str:
+    """The first complaint of pydantic in one line: the line of a JSON error, or the field and what it should be."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].replace("\n", " ")
+    more = error.error_count() - 1
+    rest = f" (and {more} more)" if more else ""
+    return (f"field {where}: {message}" if where else message) + rest
+
+
 def _version(text: bytes) -> int:
+    """The format's version by a file whose other fields this polytask does not know; 0 where it has none."""
     with suppress(ValueError):
         fields = json.loads(text)
         if isinstance(fields, dict) and isinstance(fields.get("format_version"), int):
@@ -421,4 +318,5 @@ def _newer(path: Path, version: int) -> PolytaskError:
 
 
 def _line(error: BaseException) -> str:
+    """An error's message in one line."""
     return " ".join(str(error).split()) or type(error).__name__

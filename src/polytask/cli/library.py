@@ -209,10 +209,11 @@ def import_(
         raise UsageError(f"{folder}: is no folder; give one with adapter.json (polytask) or adapter_config.json (PEFT)")
 
     from polytask.adapters import Card
+    from polytask.adapters.peft import is_peft
     from polytask.skills import Library
     from polytask.tasks import TaskCard
 
-    if (folder / "adapter.json").exists() or not (folder / "adapter_config.json").exists():
+    if not is_peft(folder):
         from polytask.adapters import load as read
 
         read(folder)  # told before a new library is made for it

@@ -10,7 +10,7 @@ import json
 import re
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -23,68 +23,9 @@ from sqlalchemy.exc import DatabaseError
 
 from polytask.adapters import Adapter
 from polytask.errors import PolytaskError, UsageError
+from polytask.library.tables import MIGRATIONS, SEARCHED, adapters, embeddings, migrate, parents, schema_version
 
 Vector = NDArray[np.float32]
-
-_metadata = sa.MetaData()
-
-adapters = sa.Table(
-    "adapters",
-    _metadata,
-    sa.Column("key", sa.Integer, primary_key=True),
-    sa.Column("id", sa.String(64), nullable=False, unique=True),
-    sa.Column("name", sa.Text, nullable=False),
-    sa.Column("version", sa.Integer, nullable=False),
-    sa.Column("task", sa.Text, nullable=False),
-    sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("method", sa.Text, nullable=False),
-    sa.Column("backbone", sa.Text, nullable=False),
-    sa.Column("fingerprint", sa.Text, nullable=False),
-    sa.Column("metric", sa.Text, nullable=False),
-    sa.Column("score", sa.Float),
-    sa.Column("low", sa.Float),
-    sa.Column("high", sa.Float),
-    sa.Column("trained_parameters", sa.BigInteger, nullable=False),
-    sa.Column("bytes", sa.BigInteger, nullable=False),
-    sa.Column("licence", sa.Text, nullable=False),
-    sa.Column("created", sa.Text, nullable=False),
-    sa.Column("added", sa.Text, nullable=False),
-    sa.Column("removed", sa.Text),
-    sa.Column("tags", sa.Text, nullable=False),
-    sa.Column("instruction", sa.Text, nullable=False),
-    sa.Column("labels", sa.Text, nullable=False),
-    sa.Column("notes", sa.Text, nullable=False),
-    sa.UniqueConstraint("name", "version"),
-)
-embeddings = sa.Table(
-    "embeddings",
-    _metadata,
-    sa.Column("id", sa.String(64), primary_key=True),
-    sa.Column("width", sa.Integer, nullable=False, index=True),
-    sa.Column("vector", sa.LargeBinary, nullable=False),  # float32, little-endian, of length 1
-)
-parents = sa.Table(
-    "parents",
-    _metadata,
-    sa.Column("child", sa.String(64), primary_key=True),
-    sa.Column("parent", sa.String(64), primary_key=True, index=True),
-)
-schema = sa.Table("polytask_schema", _metadata, sa.Column("version", sa.Integer, nullable=False))
-
-# What a search reads, and how much a hit there counts.
-_SEARCHED = {"name": 8.0, "task": 6.0, "labels": 4.0, "instruction": 2.0, "method": 1.0, "notes": 1.0}
-
-
-def _first(connection: sa.Connection) -> None:
-    _metadata.create_all(connection)
-    if _has_full_text(connection):
-        columns = ", ".join(_SEARCHED)
-        tokens = "porter unicode61 remove_diacritics 2"
-        connection.exec_driver_sql(f"CREATE VIRTUAL TABLE search USING fts5({columns}, tokenize='{tokens}')")
-
-
-# Migration n brings the schema from version n to n + 1. Append only: libraries of every version are out there.
-MIGRATIONS: tuple[Callable[[sa.Connection], None], ...] = (_first,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +118,8 @@ class Index:
         if self._full_text:
             connection.exec_driver_sql("DELETE FROM search WHERE rowid = ?", (key,))
             connection.exec_driver_sql(
-                f"INSERT INTO search (rowid, {', '.join(_SEARCHED)}) VALUES (?{', ?' * len(_SEARCHED)})",
-                (key, *(row[column] for column in _SEARCHED)),
+                f"INSERT INTO search (rowid, {', '.join(SEARCHED)}) VALUES (?{', ?' * len(SEARCHED)})",
+                (key, *(row[column] for column in SEARCHED)),
             )
         if embedding is not None:
             connection.execute(embeddings.delete().where(embeddings.c.id == adapter.id))
@@ -257,19 +198,19 @@ class Index:
         if self._full_text and words:
             # The last word may still be being typed.
             query = " OR ".join(f'"{word}"' for word in words) + "*"
-            weights = ", ".join(str(weight) for weight in _SEARCHED.values())
+            weights = ", ".join(str(weight) for weight in SEARCHED.values())
             sql = f"SELECT rowid FROM search WHERE search MATCH ? ORDER BY bm25(search, {weights}), rowid"
             keys = connection.exec_driver_sql(sql, (query,)).scalars().all()
             found = self._by_key(connection, keys, limit)
             if found:
                 return found
         plain = text.replace("\0", " ").strip()  # SQLite takes a NUL for the end
-        columns = [adapters.c[column] for column in _SEARCHED]
+        columns = [adapters.c[column] for column in SEARCHED]
         hits: dict[int, float] = {}
         for piece in [plain] if self._full_text or not words else words:
             if not piece:
                 continue
-            for column, weight in zip(columns, _SEARCHED.values(), strict=True):
+            for column, weight in zip(columns, SEARCHED.values(), strict=True):
                 for key in connection.execute(sa.select(adapters.c.key).where(_contains(column, piece))).scalars():
                     hits[key] = hits.get(key, 0.0) + weight
         return self._by_key(connection, sorted(hits, key=lambda key: (-hits[key], key)), limit)
@@ -323,14 +264,10 @@ class Index:
 
     def _migrate(self) -> None:
         with self.read() as connection:
-            if _schema_version(connection, str(self.where)) == len(MIGRATIONS):
+            if schema_version(connection, str(self.where)) == len(MIGRATIONS):
                 return
         with self.write() as connection:
-            version = _schema_version(connection, str(self.where))
-            for migration in MIGRATIONS[version:]:
-                migration(connection)
-            connection.execute(schema.delete())
-            connection.execute(schema.insert().values(version=len(MIGRATIONS)))
+            migrate(connection, str(self.where))
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -414,24 +351,6 @@ def _in_trash(removed: bool | None) -> list[sa.ColumnElement[bool]]:
 
 def _contains(column: sa.Column[Any], text: str) -> sa.ColumnElement[bool]:
     return sa.func.lower(column).contains(text.lower(), autoescape=True)
-
-
-def _has_full_text(connection: sa.Connection) -> bool:
-    if connection.dialect.name != "sqlite":
-        return False
-    options = connection.exec_driver_sql("PRAGMA compile_options").scalars().all()
-    return "ENABLE_FTS5" in options
-
-
-def _schema_version(connection: sa.Connection, where: str) -> int:
-    if not sa.inspect(connection).has_table(schema.name):
-        return 0
-    version = connection.execute(sa.select(schema.c.version)).scalar() or 0
-    if version > len(MIGRATIONS):
-        raise PolytaskError(
-            f"{where}: index version {version}; this polytask reads up to {len(MIGRATIONS)}: install a newer one"
-        )
-    return int(version)
 
 
 def _configure(connection: Any, _: object) -> None:

@@ -1,25 +1,14 @@
-"""A library: the folder where adapters are kept.
+"""A library: adapters by id, name and meaning.
 
-    format.json                        the version of this layout
-    library.sqlite                     the index (or at a SQLAlchemy URL)
-    adapters/<id>/                     one adapter: adapter.safetensors, adapter.json
-    trash/<id>/                        removed ones, until they are restored or forgotten
-    forgetting/<id>.json, <id>/        on their way out: a forget that was killed goes on at the next open
-    forgotten.jsonl                    what was forgotten, when, its hash, and why
-
-Where a folder stands is the truth; the index follows it when a library is opened. Every change is one write transaction
-of the index, which keeps other processes out of the folders meanwhile.
+Where a folder stands is the truth (`folders`); the index follows it when a library is opened. Every change is one write
+transaction of the index, which keeps other processes out of the folders meanwhile.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,15 +16,12 @@ from typing import Any, Literal
 import torch
 
 from polytask.adapters import Adapter, BackboneCard, Card, HeadCard, export_peft, import_peft, load, save
-from polytask.adapters.peft import CONFIG, SiteLike
-from polytask.adapters.store import DESCRIPTION, TENSORS, shown, sweep, sync
+from polytask.adapters.peft import SiteLike, is_peft
+from polytask.adapters.store import DESCRIPTION, TENSORS, shown
 from polytask.errors import PolytaskError, UsageError
-from polytask.library.index import Entry, Index, now, unit
-
-FORMAT = "polytask-library"
-FORMAT_VERSION = 1
-
-_ID = re.compile(r"[0-9a-f]{16}")
+from polytask.library import forgetting
+from polytask.library.folders import Folders, in_trash, is_id
+from polytask.library.index import Entry, Index, unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +58,7 @@ class Library:
             PolytaskError: the library is of a newer polytask, its index is damaged, or the disk refuses.
         """
         self.location = Path(location)
-        self._open_folder(create)
+        self._folders = Folders(self.location, create=create)
         self._index = Index(index or f"sqlite:///{self.location.absolute() / 'library.sqlite'}")
         self._reconcile()
 
@@ -102,8 +88,8 @@ class Library:
                     f"{adapter.name}: what it computes is kept already as {known[0].name} ({adapter.id}); "
                     "use that name, or forget it first"
                 )
-            save(adapter, self._live(adapter.id))
-            shutil.rmtree(self._trash(adapter.id), ignore_errors=True)
+            save(adapter, self._folders.live(adapter.id))
+            shutil.rmtree(self._folders.trash(adapter.id), ignore_errors=True)
             self._index.put(connection, adapter, embedding=vector, tags=tags)
         return adapter.id
 
@@ -115,8 +101,8 @@ class Library:
             PolytaskError: its files are damaged.
         """
         # A whole id names its folder, and where a folder stands is the truth: the index need not be asked.
-        known = _ID.fullmatch(ref) and (self._live(ref) / DESCRIPTION).exists()
-        return self._load(self._live(ref if known else self.entry(ref).id), device=device)
+        known = is_id(ref) and (self._folders.live(ref) / DESCRIPTION).exists()
+        return self._folders.load(self._folders.live(ref if known else self.entry(ref).id), device=device)
 
     def entry(self, ref: str) -> Entry:
         """The row of an adapter that is not in the trash; errors as in `get`."""
@@ -176,7 +162,7 @@ class Library:
         """Put an adapter in the trash; its id. A name means its newest version, and then the one before is found."""
         with self._index.write() as connection:
             entry = self._resolve(ref, removed=False)
-            self._move(self._live(entry.id), self._trash(entry.id))
+            self._folders.move(self._folders.live(entry.id), self._folders.trash(entry.id))
             self._index.mark(connection, entry.id, removed=True)
         return entry.id
 
@@ -184,7 +170,7 @@ class Library:
         """Take an adapter out of the trash; its id."""
         with self._index.write() as connection:
             entry = self._resolve(ref, removed=True)
-            self._move(self._trash(entry.id), self._live(entry.id))
+            self._folders.move(self._folders.trash(entry.id), self._folders.live(entry.id))
             self._index.mark(connection, entry.id, removed=False)
         return entry.id
 
@@ -201,30 +187,16 @@ class Library:
         if len(found) > 1:
             raise UsageError(f"{shown(ref)}: means several adapters ({_names(found)}); say which to forget")
         identity = found[0].id if found else ref
-        folder = next((path for path in (self._live(identity), self._trash(identity)) if path.exists()), None)
-        if not found and (folder is None or not _ID.fullmatch(identity)):
+        if not found and ref not in self._folders.standing():
             raise UsageError(f"{shown(ref)}: no such adapter in {self.location}")
-        with self._index.write(), _disk(self._forgetting()):
-            # From here on it will be forgotten, whatever happens.
-            line = {"id": identity, "when": now(), "sha256": _sha256(folder), "reason": reason}
-            self._forgetting().mkdir(exist_ok=True)
-            temporary = self._forgetting() / f".{identity}.tmp"
-            temporary.write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
-            sync(temporary)
-            os.replace(temporary, self._forgetting() / f"{identity}.json")
-            sync(self._forgetting())
-        self._finish_forgetting()
+        with self._index.write():
+            forgetting.begin(self._folders, identity, reason)
+        forgetting.finish(self._folders, self._index)
         return identity
 
     def forgotten(self) -> tuple[dict[str, str], ...]:
         """The ledger of what was forgotten: id, when, sha256 and reason of each, oldest first."""
-        path = self.location / "forgotten.jsonl"
-        if not path.exists():
-            return ()
-        try:
-            return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-        except ValueError as error:
-            raise PolytaskError(f"{path}: is damaged: {error}") from None
+        return forgetting.forgotten(self._folders)
 
     def export(
         self,
@@ -259,7 +231,7 @@ class Library:
     ) -> str:
         """Add the adapter of a folder: polytask's, or PEFT's (see `import_peft` for what it needs); its id."""
         folder = Path(folder)
-        if (folder / DESCRIPTION).exists() or not (folder / CONFIG).exists():
+        if not is_peft(folder):
             return self.add(load(folder), tags=tags)
         if sites is None:
             raise UsageError(f"{folder}: is of PEFT, whose format names modules: pass sites= of the backbone")
@@ -270,7 +242,7 @@ class Library:
         """Read and hash every adapter, the trash too, and list those that are damaged, lost or strange."""
         with self._index.read() as connection:
             entries = {e.id: e for e in self._index.entries(connection, equal={}, removed=None)}
-        found = self._standing()
+        found = self._folders.standing()
         damaged = []
         for identity in sorted(set(entries) | set(found)):
             name = entries[identity].name if identity in entries else ""
@@ -278,7 +250,7 @@ class Library:
                 damaged.append(Damage(identity, name, "its folder is gone"))
             else:
                 try:
-                    self._load(found[identity])
+                    self._folders.load(found[identity])
                 except PolytaskError as error:
                     damaged.append(Damage(identity, name, str(error)))
         return tuple(damaged)
@@ -303,147 +275,34 @@ class Library:
                 missing=tuple(identity for identity in made_from if identity not in present),
             )
 
-    # ------------------------------------------------------------------------------------------------------- folders
-
-    def _live(self, identity: str) -> Path:
-        return self.location / "adapters" / identity
-
-    def _trash(self, identity: str) -> Path:
-        return self.location / "trash" / identity
-
-    def _forgetting(self) -> Path:
-        return self.location / "forgetting"
-
-    def _move(self, old: Path, new: Path) -> None:
-        if not old.is_dir():
-            raise PolytaskError(f"{old}: is gone; see verify()")
-        with _disk(old):
-            new.parent.mkdir(exist_ok=True)
-            shutil.rmtree(new, ignore_errors=True)
-            os.replace(old, new)
-            try:
-                sync(new.parent)
-                sync(old.parent)
-            except OSError:
-                os.replace(new, old)
-                raise
-
-    def _open_folder(self, create: bool) -> None:
-        path = self.location / "format.json"
-        try:
-            said = json.loads(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            self._make_folder(path, create)
-            return
-        except (OSError, ValueError) as error:
-            raise PolytaskError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-        if not isinstance(said, dict) or said.get("format") != FORMAT or not isinstance(said.get("version"), int):
-            raise PolytaskError(f"{path}: is not of a polytask library")
-        if said["version"] > FORMAT_VERSION:
-            raise PolytaskError(
-                f"{path}: library version {said['version']}; this polytask reads up to {FORMAT_VERSION}: "
-                "install a newer one"
-            )
-
-    def _make_folder(self, path: Path, create: bool) -> None:
-        if not create:
-            raise UsageError(f"{self.location}: no library here")
-        if self.location.exists() and not self.location.is_dir():
-            raise UsageError(f"{self.location}: is a file; name a folder")
-        ours = {"library.sqlite", "library.sqlite-wal", "library.sqlite-shm"}
-        ours |= {"adapters", "trash", "forgetting", "forgotten.jsonl"}
-        try:
-            self.location.mkdir(parents=True, exist_ok=True)
-            foreign = sorted(
-                n for n in os.listdir(self.location) if n not in ours and not n.startswith(".format.json.")
-            )
-            # Another process may be making the same library.
-            if foreign and not path.exists():
-                raise UsageError(f"{self.location}: holds {foreign[0]} and is no library; choose a new or empty folder")
-            (self.location / "adapters").mkdir(exist_ok=True)
-            temporary = self.location / f".format.json.{os.getpid()}"
-            try:
-                temporary.write_text(json.dumps({"format": FORMAT, "version": FORMAT_VERSION}) + "\n")
-                sync(temporary)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            sync(self.location)
-        except OSError as error:
-            raise PolytaskError(f"{self.location}: cannot be made: {error.strerror}") from None
-
-    def _standing(self) -> dict[str, Path]:
-        """The ids that have a folder, and where it stands."""
-        found: dict[str, Path] = {}
-        for parent in (self.location / "trash", self.location / "adapters"):
-            if parent.is_dir():
-                found |= {name: parent / name for name in os.listdir(parent) if _ID.fullmatch(name)}
-        return found
-
-    def _load(self, folder: Path, *, device: str | torch.device = "cpu") -> Adapter:
-        adapter = load(folder, device=device)
-        if adapter.id != folder.name:
-            raise PolytaskError(f"{folder}: holds another adapter, {adapter.id}; get another copy, or forget it")
-        return adapter
-
-    # ------------------------------------------------------------------------------------------------------- healing
-
     def _reconcile(self) -> None:
         """Bring the index to what the folders say: a writer may have been killed between the two."""
-        sweep(self.location / "adapters", ".*.tmp")
-        if self._forgetting().is_dir() and any(self._forgetting().glob("*.json")):
-            self._finish_forgetting()
+        self._folders.sweep()
+        if forgetting.begun(self._folders):
+            forgetting.finish(self._folders, self._index)
         with self._index.read() as connection:
             states = self._index.states(connection)
-        standing = self._standing()
-        if all(states.get(identity) == self._in_trash(folder) for identity, folder in standing.items()):
+        standing = self._folders.standing()
+        if all(states.get(identity) == in_trash(folder) for identity, folder in standing.items()):
             return
         with self._index.write() as connection:
-            states, standing = self._index.states(connection), self._standing()
+            states, standing = self._index.states(connection), self._folders.standing()
             fresh: list[tuple[str, int, Adapter]] = []
             for identity, folder in standing.items():
                 if identity in states:
-                    if states[identity] != self._in_trash(folder):
-                        self._index.mark(connection, identity, removed=self._in_trash(folder))
+                    if states[identity] != in_trash(folder):
+                        self._index.mark(connection, identity, removed=in_trash(folder))
                     continue
                 with suppress(PolytaskError):  # verify() tells what is wrong with it
-                    adapter = self._load(folder)
+                    adapter = self._folders.load(folder)
                     fresh.append((adapter.card.created, (folder / TENSORS).stat().st_mtime_ns, adapter))
             # The oldest first, so that versions of a name are numbered as they came.
             for _, _, adapter in sorted(fresh, key=lambda item: item[:2]):
                 mean = adapter.tensors.get("task/mean")
                 usable = mean is not None and mean.ndim == 1 and bool(mean.isfinite().all()) and bool(mean.any())
                 self._index.put(connection, adapter, embedding=unit(mean) if usable else None, tags=None)
-                if self._in_trash(standing[adapter.id]):
+                if in_trash(standing[adapter.id]):
                     self._index.mark(connection, adapter.id, removed=True)
-
-    def _in_trash(self, folder: Path) -> bool:
-        return folder.parent.name == "trash"
-
-    def _finish_forgetting(self) -> None:
-        ledger = self.location / "forgotten.jsonl"
-        done = []
-        with self._index.write() as connection, _disk(ledger):
-            for intent in sorted(self._forgetting().glob("*.json")):
-                identity = intent.stem
-                if not _ID.fullmatch(identity):
-                    continue
-                done.append(intent)
-                gone = self._forgetting() / identity
-                for folder in (self._live(identity), self._trash(identity)):
-                    if folder.exists():
-                        self._move(folder, gone)
-                    shutil.rmtree(gone, ignore_errors=True)
-                self._index.delete(connection, identity)
-                line = intent.read_text(encoding="utf-8")
-                if not ledger.exists() or line not in ledger.read_text(encoding="utf-8"):
-                    with open(ledger, "a", encoding="utf-8") as file:
-                        file.write(line)
-                    sync(ledger)
-        self._index.flush()
-        # Last: until the rows are gone for good, the next open must know that it has to go on.
-        for intent in done:
-            intent.unlink(missing_ok=True)
 
     def _resolve(self, ref: str, *, removed: bool) -> Entry:
         with self._index.read() as connection:
@@ -461,22 +320,6 @@ class Library:
         return found[0]
 
 
-@contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise PolytaskError(f"{path}: the disk refuses: {error.strerror}; nothing is lost, do it again") from None
-
-
 def _names(entries: Sequence[Entry]) -> str:
     said = ", ".join(f"{entry.id} = {entry.name}@{entry.version}" for entry in entries[:5])
     return said + (f" and {len(entries) - 5} more" if len(entries) > 5 else "")
-
-
-def _sha256(folder: Path | None) -> str:
-    """Of the tensors' file as it is now, damaged or not; empty where there is none."""
-    if folder is None or not (folder / TENSORS).exists():
-        return ""
-    with open(folder / TENSORS, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
