@@ -11,18 +11,40 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from bases.templates import inputs_in
+from bases.tokenizer import ASSISTANT, USER
 
 LONG, SHORT, LINE = 13, 8, 3  # words
 
 # Scripts that put no spaces between words give one "word" per character.
 _WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|\w+")
-_MARK = re.compile(r"^(?:Input|Output|Text|Answer|Q|A):\s*")
+_MARK = re.compile(r"^\s*(?:(?:Input|Output|Text(?: \d)?|Answer|Q|A):\s*)+")
+_LINE = re.compile(r"\n|<\|\w+\|>")  # a turn of a chat ends in a special token
+# What stands around an input; the one after it may belong to a later input, so that each is looked for by itself.
+_AROUND = [
+    re.compile(f"{begin}(?=(.*?){end})", re.DOTALL)
+    for begin, end in (
+        ("Input: ", "\n ?Output:"),
+        ("Text: ", "\nAnswer:"),
+        (re.escape(f"{USER}\n"), re.escape(f"\n{ASSISTANT}\n")),
+    )
+]
 
 
 def words(text: str) -> list[str]:
     """The words of a text, casefolded, without punctuation."""
     return _WORD.findall(text.casefold())
+
+
+def inputs_in(prompt: str) -> list[str]:
+    """Every text in a rendered prompt that may be an input, shown examples included: what an audit has to look at.
+
+    It reads the surfaces from their marks alone, so that it does not depend on how the prompt was made.
+    """
+    texts = [found[1] for around in _AROUND for found in around.finditer(prompt)]
+    # The first turn of a chat begins with instruction and labels, and superni puts full stops.
+    turns = [text.split("\n\n") for text in texts if "\n\n" in text]
+    texts += ["\n\n".join(parts[n:]) for parts in turns for n in range(1, len(parts))]
+    return [*texts, *(text[:-1] for text in texts if text.endswith("."))]
 
 
 def _grams(text: list[str], size: int) -> Iterator[tuple[str, ...]]:
@@ -41,7 +63,7 @@ class HeldOut:
         )  # the first SHORT words of each gram: one C-speed look rules out most
         self.sizes: set[int] = set()
         for task, text in inputs:
-            self.raw.setdefault(text, task)
+            self.raw.setdefault(text.strip(), task)
             found = words(text)
             self.folded.setdefault(" ".join(found), task)
             if len(found) >= SHORT:
@@ -50,6 +72,7 @@ class HeldOut:
                 for gram in _grams(found, size):
                     self.grams.setdefault(hash(gram), task)
                     self.openings.add(gram[:SHORT])
+        self.raw.pop("", None)
         self.folded.pop("", None)
 
     def in_field(self, text: str, *, is_input: bool) -> str | None:
@@ -57,7 +80,7 @@ class HeldOut:
         found = words(text)
         if not is_input and len(found) < LINE:
             return None
-        return self.raw.get(text) or self.folded.get(" ".join(found))
+        return self.raw.get(text.strip()) or self.folded.get(" ".join(found))
 
     def in_document(self, prompt: str, answer: str) -> str | None:
         """The task of a held-out input that a rendered example has anywhere."""
@@ -78,9 +101,7 @@ class HeldOut:
 
     def in_lines(self, text: str) -> str | None:
         """The task of a held-out input of LINE words or more that is a line of `text`."""
-        if "\n" not in text and len(words(text)) < LINE:
-            return None
-        return next((task for line in text.split("\n") if (task := self._is_line(line))), None)
+        return next((task for line in _LINE.split(text) if (task := self._is_line(line))), None)
 
     def _is_line(self, line: str) -> str | None:
         found = words(_MARK.sub("", line))
@@ -97,7 +118,7 @@ def report(held: HeldOut, documents: Iterable[tuple[str, str]]) -> dict[str, int
     for prompt, answer in documents:
         fields = inputs_in(prompt)
         counts["documents"] += 1
-        counts["exact"] += any(text in held.raw for text in fields)
+        counts["exact"] += any(text.strip() in held.raw for text in fields)
         counts["casefolded"] += any(held.in_field(text, is_input=True) for text in fields)
         counts["casefolded"] += held.in_field(answer, is_input=False) is not None
         counts["13-gram"] += held.in_text(prompt + answer) is not None

@@ -6,9 +6,11 @@
     python -m bases.data unpack --cache bases/cache bases/cache/stream.bin.xz
 
 The cache: `tokens.npy` (uint16, the documents one after the other, each ending in <|endoftext|>), `documents.npy` (one
-row a document, see DOCUMENT), `manifest.json` (sources, licences, counts, the audit) and `tokenizer/`. Only training
-splits are read. What has no split of its own gets one here: a fifth of the inputs of function_vectors, by hash, is
-held out.
+row a document, see DOCUMENT), `manifest.json` (sources, licences, counts, the audit, what to ask the finished model)
+and `tokenizer/`. Only training splits are trained on. What has no split of its own gets one here: a fifth of the inputs
+of function_vectors, by hash, is held out.
+
+polytask is imported where it is used: who unpacks a cache and trains on it needs none.
 """
 
 from __future__ import annotations
@@ -20,29 +22,34 @@ import lzma
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from bases.audit import HeldOut, report
-from bases.templates import EOT, Example, Pair, render
+from bases.tokenizer import EOT
+
+if TYPE_CHECKING:
+    from bases.templates import Source
+    from polytask.tasks import Example, Task
 
 # Share of the tokens of one pass, and why. A pass sees the novels once and repeats or thins out the rest to fit.
 MIX: dict[str, tuple[float, str]] = {
     "novels": (
-        0.45,
-        "all the long English there is; one time each, so that the rest cannot be learned by heart for it",
+        0.30,
+        "all the long English there is, one time each; no more, because what the model will be asked for is tasks",
     ),
     "speeches": (0.02, "formal prose; little of it, so no more than about twice a pass"),
-    "sgd_dialogues": (0.06, "two-party dialogue: requests, values, confirmations"),
-    "tldr_pages": (0.04, "command lines with placeholders, which no prose has"),
-    "tasks": (0.25, "instruction, input and output of everyday tasks, as a user of polytask has them"),
-    "superni": (0.15, "many more instructions, in the format that the model has to follow unseen"),
-    "induction": (0.03, "short word tasks shown by examples only; small, and easily repeated too often"),
+    "sgd_dialogues": (0.08, "two-party dialogue: requests, values, confirmations"),
+    "tldr_pages": (0.06, "command lines with placeholders, which no prose has"),
+    "tasks": (0.33, "instruction, input and output of everyday tasks, as a user of polytask has them"),
+    "superni": (0.17, "many more instructions, in the format that the model has to follow unseen"),
+    "induction": (0.04, "short word tasks shown by examples only; small, and easily repeated too often"),
 }
 SHARES = {group: share for group, (share, _) in MIX.items()}
 TEXTS = ("novels", "speeches", "sgd_dialogues", "tldr_pages")
@@ -78,23 +85,33 @@ def read_texts(data: Path, group: str) -> Iterator[str]:
         yield from (text for part in file.read().split(EOT) if (text := part.strip()))
 
 
-def read_examples(data: Path) -> Iterator[Example]:
-    """Every training example of every task, and of no other split."""
+def read_sources(data: Path) -> Iterator[Source]:
+    """Every task with its training examples, as polytask reads it, and no example of another split."""
+    from bases.templates import Source
+    from polytask.tasks import Example, Task
+
     tasks = data / "tasks"
     for card in sorted(tasks.glob("*/task.json")):
         if card.parent.name not in RETRIEVAL:
-            yield from _task(card.parent.name, _json(card), _rows(card.parent / "train.jsonl"))
+            task = Task.read(card.parent)
+            yield Source.of(f"tasks/{task.name}", task, task.train)
+            yield from _derived(task)
     forbidden = set((tasks / "superni/test_tasks.txt").read_text().split())
     for path in sorted((tasks / "superni/train").glob("*.json")):
         if path.stem not in forbidden:
-            yield from _instances(f"superni/{path.stem}", _json(path))
+            # These files have no splits: those that the reader makes are for users, and all of them is to train on.
+            task = Task.read(path)
+            yield Source.of(f"superni/{path.stem}", task, (*task.train, *task.validation, *task.test))
     for path in sorted((tasks / "instruction_induction").glob("*.json")):
-        yield from _instances(f"induction/{path.stem}", _json(path), split="train")
+        # Here the reader makes a validation split out of train; test is the file's own.
+        task = Task.read(path)
+        train = (*task.train, *task.validation)
+        yield Source.of(f"induction/{path.stem}", task, train, _json(path)["Definition"])
     for path in sorted((tasks / "function_vectors").glob("*/*.json")):
-        for row in _json(path):
-            if not in_held_fifth(str(row["input"])):
-                # Its tasks have no instruction: they are shown, never told.
-                yield Example(f"induction/fv_{path.stem}", ("",), str(row["input"]), str(row["output"]))
+        rows = [Example(str(n), str(row["input"]), str(row["output"])) for n, row in enumerate(_json(path))]
+        # Its tasks have no instruction: they are shown, never told.
+        task = Task(path.stem, "generation")
+        yield Source.of(f"induction/fv_{path.stem}", task, [e for e in rows if not in_held_fifth(e.text)])
 
 
 def read_held_out(data: Path) -> Iterator[tuple[str, str]]:
@@ -103,7 +120,10 @@ def read_held_out(data: Path) -> Iterator[tuple[str, str]]:
     for card in sorted(tasks.glob("*/task.json")):
         for split in ("validation", "test"):
             path = card.parent / f"{split}.jsonl"
-            yield from ((card.parent.name, _input(row)) for row in (_rows(path) if path.exists() else ()))
+            for row in _rows(path) if path.exists() else ():
+                yield card.parent.name, row["input"] if "input" in row else " ".join(row["tokens"])
+                if "text2" in row:
+                    yield card.parent.name, f"Text 1: {row['text1']}\nText 2: {row['text2']}"
     for name in RETRIEVAL:
         queries = _rows(tasks / name / "queries.jsonl")
         yield from ((name, row["text"]) for row in queries if row["split"] != "train")
@@ -136,68 +156,23 @@ def in_held_fifth(text: str) -> bool:
     return hashlib.sha256(text.casefold().encode()).digest()[0] < 51
 
 
-def _task(name: str, card: dict[str, Any], rows: Iterable[dict[str, Any]]) -> Iterator[Example]:
-    """The examples of one task folder; tags become text, and what else its rows know becomes tasks of its own."""
-    instruction, labels, shown = card["definition"], tuple(card["labels"] or ()), card["positive_examples"]
-    if card["kind"] == "tagging":
-        spans = any(label.startswith("B-") for label in labels)
-        how = (
-            ' Write "slot = words" for each, separated by "; ", or "none".'
-            if spans
-            else " Write word/TAG for each word."
-        )
-        told = (instruction.replace(", in BIO form", "").split(" (BIO")[0].rstrip(".") + "." + how,)
-        names = tuple(dict.fromkeys(label[2:] for label in labels if label != "O")) if spans else labels
-        pairs = tuple((" ".join(e["tokens"]), tags_as_text(e["tokens"], e["tags"])) for e in shown)
-        for row in rows:
-            text = " ".join(row["tokens"])
-            yield Example(f"tasks/{name}", told, text, tags_as_text(row["tokens"], row["tags"]), names, pairs)
-            if "intent" in row:
-                asked = ("Name the intent of this command to a voice assistant.",)
-                yield Example(f"tasks/{name}_intent", asked, text, row["intent"])
-            if "tags_knowledge" in row:
-                asked = (f"Find the tools and subjects that this sentence of a job advertisement asks for.{how}",)
-                yield Example(
-                    f"tasks/{name}_knowledge", asked, text, tags_as_text(row["tokens"], row["tags_knowledge"])
-                )
-        return
-    pairs = tuple((e["input"], _answer(e["output"])) for e in shown)
-    for row in rows:
-        yield Example(f"tasks/{name}", (instruction,), row["input"], _answer(row["output"]), labels, pairs)
-        if "rationale" in row:
-            asked = ("Solve this word problem step by step. The last line is the answer.",)
-            yield Example(f"tasks/{name}_steps", asked, row["input"], f"{row['rationale']}\nAnswer: {row['output']}")
+def _derived(task: Task) -> Iterator[Source]:
+    """Tasks of their own, made of what else the rows of a task know."""
+    from bases.templates import Source
 
-
-def _instances(source: str, task: dict[str, Any], split: str | None = None) -> Iterator[Example]:
-    """The instances of a file in the schema of Super-NaturalInstructions; the first of several accepted outputs."""
-    pairs = tuple((e["input"], _answer(e["output"])) for e in task["Positive Examples"])
-    for row in task["Instances"]:
-        if split is None or row["split"] == split:
-            yield Example(source, tuple(task["Definition"]), row["input"], row["output"][0], (), pairs)
-
-
-def tags_as_text(tokens: Sequence[str], tags: Sequence[str]) -> str:
-    """BIO tags as "slot = words; slot = words" or "none"; other tags as "word/TAG word/TAG"."""
-    if not any(tag == "O" or tag[:2] in ("B-", "I-") for tag in tags):
-        return " ".join(f"{token}/{tag}" for token, tag in zip(tokens, tags, strict=True))
-    spans: list[tuple[str, list[str]]] = []
-    before = "O"
-    for token, tag in zip(tokens, tags, strict=True):
-        if tag.startswith("I-") and before[2:] == tag[2:]:
-            spans[-1][1].append(token)
-        elif tag != "O":
-            spans.append((tag[2:], [token]))
-        before = tag
-    return "; ".join(f"{slot} = {' '.join(value)}" for slot, value in spans) or "none"
-
-
-def _answer(output: Any) -> str:
-    return ", ".join(map(str, output)) if isinstance(output, list) else str(output)
-
-
-def _input(row: dict[str, Any]) -> str:
-    return row["input"] if "input" in row else " ".join(row["tokens"])
+    known, of, name = task.train[0].extra, replace(task, demonstrations=(), labels=()), f"tasks/{task.name}"
+    if "intent" in known:
+        asked = replace(of, kind="classification", instruction="Name the intent of this command to a voice assistant.")
+        rows = [replace(e, input=e.text, output=e.extra["intent"]) for e in task.train]
+        yield Source.of(f"{name}_intent", asked, rows)
+    if "tags_knowledge" in known:
+        wanted = "Find the tools and subjects that this sentence of a job advertisement asks for."
+        rows = [replace(e, output=tuple(e.extra["tags_knowledge"])) for e in task.train]
+        yield Source.of(f"{name}_knowledge", replace(of, instruction=wanted), rows)
+    if "rationale" in known:
+        wanted = "Solve this word problem step by step. The last line is the answer."
+        rows = [replace(e, output=f"{e.extra['rationale']}\nAnswer: {e.output}") for e in task.train]
+        yield Source.of(f"{name}_steps", replace(of, instruction=wanted), rows)
 
 
 def _json(path: Path) -> Any:
@@ -222,17 +197,29 @@ def licences(data: Path) -> dict[str, str]:
 # --- building -------------------------------------------------------------------------------------
 
 
-def clean(examples: Iterable[Example], held: HeldOut, dropped: Counter[str]) -> Iterator[Example]:
-    """The examples without those that hold a held-out input; demonstrations that do are taken out."""
-    for e in examples:
-        if held.in_field(e.input, is_input=True) or held.in_field(e.output, is_input=False):
-            dropped[f"{e.source} (field)"] += 1
-        elif held.in_text(f"{e.input}\n{e.output}") or held.in_lines(f"{e.input}\n{e.output}"):
-            dropped[f"{e.source} (text)"] += 1
+def clean(source: Source, held: HeldOut, dropped: Counter[str]) -> Source:
+    """The task without the examples, demonstrations and descriptions of labels that hold a held-out input."""
+    from polytask.tasks.templates import Plain
+
+    task, train, form = source.task, [], Plain()
+
+    def told(text: str) -> str | None:
+        return held.in_text(text) or held.in_lines(text)
+
+    def found(e: Example) -> str | None:
+        text, answer = form.input(task, e), form.answer(task, e)
+        if held.in_field(text, is_input=True) or held.in_field(answer, is_input=False):
+            return "field"
+        return "text" if told(f"{text}\n{answer}") else None
+
+    for e in task.train:
+        if where := found(e):
+            dropped[f"{source.name} ({where})"] += 1
         else:
-            bad = [d for d in e.demonstrations if held.in_field(d[0], is_input=True) or held.in_text(" ".join(d))]
-            kept = tuple(d for d in e.demonstrations if d not in bad)
-            yield Example(e.source, e.instructions, e.input, e.output, e.labels, kept) if bad else e
+            train.append(e)
+    shown = tuple(e for e in task.demonstrations if not found(e))
+    labels = tuple(replace(label, description="") if told(label.description) else label for label in task.labels)
+    return replace(source, task=replace(task, train=tuple(train), demonstrations=shown, labels=labels))
 
 
 def clean_texts(data: Path, group: str, held: HeldOut, dropped: Counter[str]) -> Iterator[str]:
@@ -258,25 +245,25 @@ def clean_texts(data: Path, group: str, held: HeldOut, dropped: Counter[str]) ->
             yield text
 
 
-def rendered(examples: Iterable[Example], seed: int = 0) -> Iterator[tuple[str, str, str, bool]]:
-    """(source, prompt, answer, held for perplexity): VARIANTS surfaces of each example, one of a held one.
+def rendered(source: Source, seed: int = 0) -> Iterator[tuple[str, str, bool]]:
+    """(prompt, answer, held for perplexity): VARIANTS surfaces of each example, one of a held one.
 
-    Shots are drawn from the same task's examples that are trained on.
+    Demonstrations are the task's own and examples of it that are trained on.
     """
-    by_source: dict[str, list[Example]] = {}
-    for example in examples:
-        by_source.setdefault(example.source, []).append(example)
-    for source, rows in by_source.items():
-        held = [n % EVERY_EXAMPLE == EVERY_EXAMPLE // 2 for n in range(len(rows))]
-        pool: list[Pair] = [(e.input, e.output) for e, out in zip(rows, held, strict=True) if not out]
-        for number, (example, out) in enumerate(zip(rows, held, strict=True)):
-            random = Random(f"{seed} {source} {number}")
-            for _ in range(1 if out else VARIANTS):
-                yield source, *render(example, pool, random), out
+    from bases.templates import render
+
+    held = [n % EVERY_EXAMPLE == EVERY_EXAMPLE // 2 for n in range(len(source.task.train))]
+    pool = [e for e, out in zip(source.task.train, held, strict=True) if not out]
+    for number, (example, out) in enumerate(zip(source.task.train, held, strict=True)):
+        random = Random(f"{seed} {source.name} {number}")
+        for _ in range(1 if out else VARIANTS):
+            yield *render(source, example, pool, random, held=out), out
 
 
 def build(data: Path, cache: Path, *, limit: int | None = None) -> dict[str, Any]:
     """Write the cache; `limit` keeps that many documents of each text and examples of each task, to try it out."""
+    from bases.templates import SAMPLES
+
     tokenizer = Tokenizer.from_file(str(cache / "tokenizer/tokenizer.json"))
     end = tokenizer.token_to_id(EOT)
     held = HeldOut(read_held_out(data))
@@ -297,13 +284,21 @@ def build(data: Path, cache: Path, *, limit: int | None = None) -> dict[str, Any
             size[group] += len(text.encode())
             add(group, (), tokenizer.encode(text).ids, number % EVERY[group] == EVERY[group] // 2)
 
-    examples = clean(_limited(read_examples(data), limit), held, dropped)
-    for block in _blocks(_safe(rendered(examples), held, dropped), 2000):
-        prompts = tokenizer.encode_batch_fast([prompt for _, prompt, _, _ in block])
-        answers = tokenizer.encode_batch_fast([answer for _, _, answer, _ in block])
-        for (source, prompt, answer, out), p, a in zip(block, prompts, answers, strict=True):
-            size[source] += len((prompt + answer).encode())
-            add(source, p.ids, a.ids, out)
+    for source in read_sources(data):
+        if limit:
+            source = replace(source, task=replace(source.task, train=source.task.train[:limit]))
+        made = []
+        for prompt, answer, out in rendered(clean(source, held, dropped)):
+            # A held-out input may have come about by putting the parts together.
+            if held.in_document(prompt, answer):
+                dropped[f"{source.name} (rendered)"] += 1
+            else:
+                made.append((prompt, answer, out))
+        prompts = tokenizer.encode_batch_fast([prompt for prompt, _, _ in made])
+        answers = tokenizer.encode_batch_fast([answer for _, answer, _ in made])
+        for (prompt, answer, out), p, a in zip(made, prompts, answers, strict=True):
+            size[source.name] += len((prompt + answer).encode())
+            add(source.name, p.ids, a.ids, out)
 
     table = np.array(documents, DOCUMENT)
     np.save(cache / "tokens.npy", np.concatenate(tokens))
@@ -323,6 +318,7 @@ def build(data: Path, cache: Path, *, limit: int | None = None) -> dict[str, Any
             for name, number in sources.items()
         },
         "dropped": dict(dropped),
+        "samples": SAMPLES,
     }
     _write(cache / "manifest.json", manifest)
     manifest["audit"] = audit(data, cache, held=held)
@@ -330,39 +326,9 @@ def build(data: Path, cache: Path, *, limit: int | None = None) -> dict[str, Any
     return manifest
 
 
-def _safe(
-    documents: Iterable[tuple[str, str, str, bool]], held: HeldOut, dropped: Counter[str]
-) -> Iterator[tuple[str, str, str, bool]]:
-    """Rendered documents without those in which a held-out input came about by putting the parts together."""
-    for source, prompt, answer, out in documents:
-        if held.in_document(prompt, answer):
-            dropped[f"{source} (rendered)"] += 1
-        else:
-            yield source, prompt, answer, out
-
-
 def _parent(name: str, known: dict[str, str]) -> str:
     """The task folder that a task made of its other columns comes from."""
     return next(other for other in known if name.startswith(f"{other}_"))
-
-
-def _limited(examples: Iterable[Example], limit: int | None) -> Iterator[Example]:
-    seen: Counter[str] = Counter()
-    for example in examples:
-        seen[example.source] += 1
-        if limit is None or seen[example.source] <= limit:
-            yield example
-
-
-def _blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    block: list[Any] = []
-    for item in items:
-        block.append(item)
-        if len(block) == size:
-            yield block
-            block = []
-    if block:
-        yield block
 
 
 def audit(data: Path, cache: Path, *, held: HeldOut | None = None) -> dict[str, Any]:

@@ -30,7 +30,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from bases.data import MIX, TEXTS
 from bases.heldout import Score, grouped, lines, measure
 from bases.packing import PROMPT, Cache
-from bases.templates import definition
 from bases.train import WEIGHT, Settings, build, last
 
 SHARD, LIMIT = "12MB", 16_000_000  # asked for, and never to be passed
@@ -108,12 +107,6 @@ def check(out: Path, model: LlamaForCausalLM, prompts: Sequence[str]) -> list[st
 
 # --- the card -------------------------------------------------------------------------------------
 
-PROMPTS = (
-    definition("Write the opposite of the word.", [("hot", "cold"), ("early", "late")], "small"),
-    definition("Say in one word what this person wants to do.", [], "I would like a table for two at eight"),
-    "It was a dark and stormy night, and",
-)
-
 CARD = """\
 ---
 license: apache-2.0
@@ -157,8 +150,8 @@ the finished stream. In {task_documents:,} task documents: {task_found}. In {tex
 
 ## Held-out documents
 
-Kept apart from the same training splits and texts, never trained on; of tasks, answers only. An answer is right if
-greedy decoding gives all of it.
+Kept apart from the same training splits and texts, never trained on; of tasks, answers only, asked in the superni
+template of polytask after two demonstrations. An answer is right if greedy decoding gives all of it.
 
 {groups}
 
@@ -236,7 +229,7 @@ def card(
         poor_count=len(poor),
         poor=_some(poor),
         perplexities=", ".join(f"{s.perplexity:.1f} ({g})" for g, s in groups.items() if g in TEXTS),
-        wrote="\n".join(f"- {_quoted(p)} → {_quoted(w)}" for p, w in zip(PROMPTS, wrote, strict=True)),
+        wrote="\n".join(f"- {_quoted(p)} → {_quoted(w)}" for p, w in zip(manifest["samples"], wrote, strict=True)),
     )
 
 
@@ -282,7 +275,7 @@ def finish(folder: Path, cache: Path, out: Path, *, version: str = "0.1.0", toke
     shutil.rmtree(part, ignore_errors=True)
     package = part / "polytask_base"
     write_model(model, tokenizer, package / "model")
-    text = card(about, manifest, scores, model, check(package / "model", model, PROMPTS))
+    text = card(about, manifest, scores, model, check(package / "model", model, manifest["samples"]))
     (package / "model" / "README.md").write_text(text, encoding="utf-8")
     (part / "README.md").write_text(text, encoding="utf-8")
     (package / "__init__.py").write_text(INIT, encoding="utf-8")

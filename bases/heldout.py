@@ -4,7 +4,9 @@
 
 Text: perplexity per token and bits per byte (which does not depend on the tokenizer). Tasks: the same over the answers,
 and how many answers are right to the last token when each token is the likeliest one after the right ones before it:
-greedy decoding would give exactly these. The documents are of training splits, kept apart; no test split is read.
+greedy decoding would give exactly these. The documents are of training splits, kept apart; no test split is used.
+Tasks are asked as polytask's superni template writes them, after two demonstrations and without a list of labels; a
+task without instruction is shown three to six examples in the plain one (`templates.ask`).
 """
 
 from __future__ import annotations

@@ -11,18 +11,18 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from bases.templates import ASSISTANT, EOT, PAD, USER
-
+EOT, PAD, USER, ASSISTANT = "<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>"
 SIZE = 8192
 MOST = {"tasks": 300_000, "superni": 50_000, "induction": 10_000}  # characters of one task, so that none rules
 SPECIAL = (EOT, PAD, USER, ASSISTANT)  # ids 0 to 3
 
-# One user turn and a generation prompt give `templates.chat`.
+# With a generation prompt it gives `templates.chat`.
 CHAT = (
     "{%- for m in messages -%}"
     "{%- if m['role'] == 'assistant' -%}{{ '<|assistant|>\\n' + m['content'] + '<|endoftext|>' }}"
@@ -71,8 +71,8 @@ def save(tokenizer: Tokenizer, folder: Path, length: int = 1024) -> PreTrainedTo
 
 def sample(data: Path, characters: int) -> Iterator[tuple[str, str]]:
     """(group, text) from the start of each text source and of each task, about `characters` in all."""
-    from bases.data import MIX, TEXTS, read_examples, read_texts
-    from bases.templates import definition
+    from bases.data import MIX, TEXTS, read_sources, read_texts
+    from polytask.tasks.templates import Plain, render
 
     left = {group: int(share * characters) for group, (share, _) in MIX.items()}
     for group in TEXTS:
@@ -83,14 +83,17 @@ def sample(data: Path, characters: int) -> Iterator[tuple[str, str]]:
             if left[group] < 0:
                 break
             yield group, piece
-    done: dict[str, int] = {}
-    for example in read_examples(data):
-        group = example.source.split("/")[0]
-        if done.get(example.source, 0) < MOST[group] and left[group] > 0:
-            text = f"{example.input}\nOutput: {example.output}"
-            if not done.get(example.source):
-                text = definition(example.instructions[0], example.demonstrations[:2], text)
-            done[example.source] = done.get(example.source, 0) + len(text)
+    for source in read_sources(data):
+        group, done = source.name.split("/")[0], 0
+        bare = replace(source.card, instruction="", demonstrations=())
+        for example in source.task.train:
+            if done >= MOST[group] or left[group] <= 0:
+                break
+            # The instruction and its demonstrations once for each task: more would make whole phrases into tokens.
+            first = render(source.task, example, "superni", demonstrations=2) if not done else None
+            prompt = first or render(bare, example, Plain(labels=False))
+            text = prompt.text + prompt.target
+            done += len(text)
             left[group] -= len(text)
             yield group, text
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from bases import audit, data, finish, packing, templates, train  # noqa: E402
 from bases import tokenizer as step1  # noqa: E402
+from polytask.tasks import Example, Label, Task  # noqa: E402
+from polytask.tasks.templates import Chat, Plain, Template, render  # noqa: E402
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs", "run", "home", "at", "noon"]
 TINY = train.Settings(
@@ -41,16 +45,17 @@ TINY = train.Settings(
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A cache of novels that repeat themselves and of tasks that copy a word, with its tokenizer."""
     folder = tmp_path_factory.mktemp("cache")
-    random = np.random.default_rng(0)
-    texts = [" ".join(random.choice(WORDS, 200)) for _ in range(40)]
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, 200)) for _ in range(40)]
     tokenizer = step1.save(step1.train(texts, 400), folder / "tokenizer", 64)
     end, tokens, table = tokenizer.eos_token_id, [], []
     for n, text in enumerate(texts):
         tokens.append([*tokenizer.encode(text), end])
         table.append((len(tokens[-1]), 0, 0, n % 10 == 0))
     for n in range(200):
-        word = str(random.choice(WORDS))
-        prompt, answer = tokenizer.encode(templates.definition("Copy.", [], word)), tokenizer.encode(f" {word}")
+        word = str(rng.choice(WORDS))
+        asked = render(Task("copy", "generation", instruction="Copy."), Example("1", word, word))
+        prompt, answer = tokenizer.encode(asked.text), tokenizer.encode(asked.target)
         tokens.append([*prompt, *answer, end])
         table.append((len(tokens[-1]), len(prompt), 1, n % 10 == 0))
     np.save(folder / "tokens.npy", np.concatenate(tokens).astype(np.uint16))
@@ -63,6 +68,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         "sources": {"novels": source, "tasks/copy": source},
         "dropped": {},
         "audit": {"held_out_inputs": 1, "task part": nothing, "text part": nothing},
+        "samples": templates.SAMPLES,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     special = {"vocabulary": len(tokenizer), "pad": tokenizer.pad_token_id, "end": end}
@@ -94,25 +100,94 @@ def _bytes_only(found: list[PreTrainedTokenizerFast] = []) -> PreTrainedTokenize
 def test_digits_stand_alone_and_the_chat_template_is_what_was_trained(made: SimpleNamespace) -> None:
     loaded = AutoTokenizer.from_pretrained(made.folder / "tokenizer")
     assert len(loaded.encode("1234")) == 4
-    turn = [{"role": "user", "content": "Copy.\n\ncat"}]
-    assert loaded.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) == templates.chat(
-        "Copy.", "cat"
-    )
-    said = [
-        {"role": "system", "content": "Copy."},
-        {"role": "user", "content": "cat"},
-        {"role": "assistant", "content": "x"},
-    ]
-    assert loaded.apply_chat_template(said, tokenize=False) == templates.chat("Copy.", "cat") + "x<|endoftext|>"
-    assert loaded.encode(templates.chat("Copy.", "cat"))[0] == loaded.convert_tokens_to_ids("<|user|>")
+    task = Task("copy", "generation", instruction="Copy.", demonstrations=(Example("1", "dog", "dog"),))
+    for task_ in (task, dataclasses.replace(task, instruction="")):
+        for shown in (0, 1):
+            turns = render(task_, Example("2", "cat"), "chat", demonstrations=shown).messages
+            text = loaded.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            assert text == templates.chat(turns)
+    assert templates.chat(turns) == "<|user|>\ndog\n<|assistant|>\ndog<|endoftext|><|user|>\ncat\n<|assistant|>\n"
+    told = render(task, Example("2", "cat"), "chat").messages
+    assert templates.chat(told) == "<|user|>\nCopy.\n\ncat\n<|assistant|>\n"
+    answered = [*told, {"role": "assistant", "content": "x"}]
+    assert loaded.apply_chat_template(answered, tokenize=False) == templates.chat(told) + "x<|endoftext|>"
+    assert loaded.encode(templates.chat(told))[0] == loaded.convert_tokens_to_ids("<|user|>")
 
 
-def test_tags_become_text() -> None:
-    tokens, tags = ["Book", "two", "seats", "in", "New", "York"], ["O", "B-n", "O", "O", "B-city", "I-city"]
-    assert data.tags_as_text(tokens, tags) == "n = two; city = New York"
-    assert data.tags_as_text(["a", "b", "c"], ["B-x", "B-x", "I-y"]) == "x = a; x = b; y = c"
-    assert data.tags_as_text(["a"], ["O"]) == "none"
-    assert data.tags_as_text(["Cats", "sleep"], ["NOUN", "VERB"]) == "Cats/NOUN sleep/VERB"
+# --- wordings ----------------------------------------------------------------------------------
+
+TOKENS = ("Fly", "to", "San", "Jose", "next", "week")
+SPANS = Task(
+    "spans",
+    "tagging",
+    train=tuple(
+        Example(f"t{n}", (*TOKENS, str(n)), ("O", "O", "B-city", "I-city", "B-timeRange", "I-timeRange", "O"))
+        for n in range(40)
+    ),
+    instruction="Find the slots.",
+    labels=(Label("city"), Label("timeRange", "when")),
+    demonstrations=(Example("d1", ("Hello", "there"), ("O", "O")),),
+)
+TASKS = [
+    SPANS,
+    dataclasses.replace(
+        SPANS,
+        name="several",
+        kind="multilabel",
+        train=tuple(Example(f"t{n}", f"x {n}", ("timeRange", "city")[: n % 3]) for n in range(40)),
+        demonstrations=(),
+    ),
+    Task(
+        "plain_tags",
+        "tagging",
+        tuple(Example(f"t{n}", ("a", str(n)), ("DET", "NUM")) for n in range(40)),
+        instruction="Tag.",
+        labels=(Label("DET"), Label("NUM")),
+    ),
+    Task(
+        "many",
+        "classification",
+        tuple(Example(f"t{n}", f"x {n}", f"label {n % 30}") for n in range(40)),
+        instruction="Sort.",
+        labels=tuple(Label(f"label {n}") for n in range(30)),
+    ),
+    Task(
+        "pairs",
+        "similarity",
+        tuple(Example(f"t{n}", f"a {n}", n / 10, f"b {n}") for n in range(40)),
+        instruction="Compare.",
+    ),
+    Task("shown", "generation", tuple(Example(f"t{n}", f" in {n}", f"out {n}") for n in range(40))),
+]
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_prompts_and_answers_are_what_polytask_writes(task: Task, made: SimpleNamespace) -> None:
+    source = templates.Source(f"tasks/{task.name}", task, tuple(filter(None, [task.instruction])))
+    seen: set[tuple[type[Template], bool]] = set()
+    for n in range(400):
+        example = task.train[n % 40]
+        told, form = templates.ask(source, example, task.train, random.Random(n))
+        prompt, answer = templates.render(source, example, task.train, random.Random(n))
+        # The task with all its examples, as a user has it, and what was drawn.
+        user = dataclasses.replace(
+            task, instruction=told.instruction, labels=told.labels, demonstrations=told.demonstrations
+        )
+        wanted = render(user, example, form, demonstrations=len(told.demonstrations))
+        if isinstance(form, Chat):
+            text = made.tokenizer.apply_chat_template(wanted.messages, tokenize=False, add_generation_prompt=True)
+            assert (prompt, answer) == (text, wanted.answer)
+        else:
+            assert (prompt, answer) == (wanted.text, wanted.target)
+        assert answer.strip() == Plain().answer(task, example)
+        assert example not in told.demonstrations
+        if form.labels and len(task.labels) > 20:
+            assert 7 <= len(told.labels) <= 10
+            names = {label.name for label in told.labels}
+            assert names.issuperset(e.output for e in (example, *told.demonstrations))
+        seen.add((type(form), bool(told.instruction)))
+    told_by = templates.FORMS.values() if task.instruction else ()
+    assert seen == {(Plain, False), *((form, True) for form in told_by)}
 
 
 # --- audit ----------------------------------------------------------------------------------
@@ -129,41 +204,69 @@ LONG_INPUT = "please book me a quiet table for five people near the old harbour 
         ("what is the time here", "lines"),
     ],
 )
-@pytest.mark.parametrize("surface", ["definition", "shown", "plain", "chat"])
-def test_the_audit_finds_a_planted_input(text: str, net: str, surface: str) -> None:
+@pytest.mark.parametrize("surface", ["superni", "plain", "chat", "fields"])
+@pytest.mark.parametrize("shown", [False, True])
+def test_the_audit_finds_a_planted_input(text: str, net: str, surface: str, shown: bool) -> None:
     held = audit.HeldOut([("one", "Two Seats"), ("two", LONG_INPUT), ("three", "What is the time here?")])
-    clean = (templates.definition("Do it.", [("a cat", "b")], "a dog"), " an owl that sees")
-    prompt = {
-        "definition": templates.definition("Do it.", [("a", "b")], text),
-        "shown": templates.definition("Do it.", [(text, "b")], "a"),
-        "plain": f"Do it.\n\n{text}\n\n",
-        "chat": templates.chat("Do it.", text),
-    }[surface]
-    found = audit.report(held, [clean, (prompt, " x")])
+
+    def document(first: str, last: str) -> tuple[str, str]:
+        task = Task("do", "generation", instruction="Do it.", labels=(Label("a"),))
+        task = dataclasses.replace(task, demonstrations=(Example("1", first, "b"),))
+        prompt = render(task, Example("2", last, "x"), templates.FORMS[surface](labels=True), demonstrations=1)
+        return templates.chat(prompt.messages) if surface == "chat" else prompt.text, " x"
+
+    clean = document("a cat", "a dog")
+    planted = document(text, "a dog") if shown else document("a cat", text)
+    found = audit.report(held, [clean, planted])
     assert found[net] == 1
-    assert held.in_document(prompt, " x")
+    assert held.in_document(*planted)
     assert held.in_document(*clean) is None
 
 
-def test_examples_with_held_out_inputs_are_dropped_and_demonstrations_cut() -> None:
+@pytest.mark.parametrize("surface", ["superni", "plain", "chat", "fields"])
+def test_the_audit_finds_pairs_and_answers_that_were_shown(surface: str) -> None:
+    held = audit.HeldOut([("one", "Text 1: a\nText 2: b"), ("two", "What is the time here?"), ("three", "??")])
+    for example, net in (
+        (Example("1", "a", 1.0, "b"), "exact"),
+        (Example("1", "A", 1.0, "b."), "casefolded"),
+        (Example("1", "what", "what is the time here"), "lines"),
+        (Example("1", "c", 1.0, "What is the time here"), "lines"),
+        (Example("1", "??", "1"), "exact"),
+    ):
+        task = Task("t", "generation", demonstrations=(dataclasses.replace(example, output=str(example.output)),))
+        prompt = render(task, Example("2", "c", pair="d"), templates.FORMS[surface](), demonstrations=1)
+        text = templates.chat(prompt.messages) if surface == "chat" else prompt.text
+        assert audit.report(held, [(text, " x")])[net] == 1
+
+
+def test_examples_demonstrations_and_descriptions_with_held_out_inputs_are_dropped() -> None:
     held = audit.HeldOut([("t", "Two Seats"), ("t", LONG_INPUT)])
-    rows = [
-        templates.Example("tasks/a", ("Do.",), "two seats", "x"),
-        templates.Example("tasks/a", ("Do.",), "x", LONG_INPUT),
-        templates.Example("tasks/a", ("Do.",), "three seats", "x", (), (("two  SEATS", "y"), ("one", "z"))),
-    ]
-    (kept,) = data.clean(rows, held, data.Counter())
-    assert (kept.input, kept.demonstrations) == ("three seats", (("one", "z"),))
+    rows = (Example("1", "two seats", "x"), Example("2", "x", LONG_INPUT), Example("3", "three seats", "x"))
+    shown = (Example("4", "two  SEATS", "y"), Example("5", "one", "z"))
+    labels = (Label("x", f"For {LONG_INPUT}"), Label("y", "else"))
+    task = Task("a", "generation", rows, instruction="Do.", labels=labels, demonstrations=shown)
+    dropped = data.Counter()
+    kept = data.clean(templates.Source("tasks/a", task, ("Do.",)), held, dropped).task
+    assert (kept.train, kept.demonstrations) == (rows[2:], shown[1:])
+    assert kept.labels == (Label("x"), Label("y", "else"))
+    assert dropped == {"tasks/a (field)": 2}
 
 
 def test_only_training_rows_are_rendered_and_held_examples_are_not_shown() -> None:
-    rows = [templates.Example("tasks/a", ("Name it.",), f"input {n}", f"output {n}", ("u", "v")) for n in range(100)]
-    made_of = list(data.rendered(rows))
-    held = {answer.strip() for *_, answer, out in made_of if out}
+    rows = tuple(Example(str(n), f"input {n}", f"output {n}") for n in range(100))
+    task = Task("a", "generation", rows, test=(Example("x", "secret", "secret"),), instruction="Name it.")
+    source = templates.Source.of("tasks/a", task, task.train)
+    assert source.task.test == ()
+    made_of = list(data.rendered(source))
+    held = {answer.strip() for _, answer, out in made_of if out}
     assert held == {"output 25", "output 75"}
     assert len(made_of) == 98 * data.VARIANTS + 2
-    assert not any(f"{text}\n" in prompt for text in held for _, prompt, _, out in made_of if not out)
-    assert made_of == list(data.rendered(rows))
+    shown = "\n".join(prompt for prompt, _, out in made_of if not out)
+    assert "output 24" in shown
+    assert not any(text in shown for text in ("input 25", "input 75", "output 25", "output 75", "secret"))
+    asked = [prompt for prompt, _, out in made_of if out]
+    assert all(p.startswith("Definition: Name it.\n\n Positive Example 1 -\nInput: input ") for p in asked)
+    assert made_of == list(data.rendered(source))
 
 
 @pytest.mark.slow
@@ -253,6 +356,12 @@ def test_pack_and_unpack(made: SimpleNamespace, tmp_path: Path) -> None:
 
 
 # --- training ----------------------------------------------------------------------------------
+
+
+def test_training_needs_no_polytask() -> None:
+    # A GPU machine has the repository, the packed stream and torch.
+    code = "import sys; sys.modules['polytask'] = None; import bases.train, bases.heldout, bases.finish"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_the_rate_warms_up_stays_and_decays() -> None:

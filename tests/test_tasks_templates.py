@@ -47,17 +47,18 @@ def test_plain() -> None:
 
 def test_superni_as_the_papers_collator_writes_it() -> None:
     bare = Task("t", "generation", instruction="Add one")
-    assert render(bare, Example("1", "4", "5"), "superni").text == (
-        "Definition: Add one.\n\nNow complete the following example -\nInput: 4.\nOutput: "
-    )
+    p = render(bare, Example("1", "4", "5"), "superni")
+    # The collator's text ends in the space; here it goes with the answer, in whose first token tokenizers have it.
+    assert p.text == "Definition: Add one.\n\nNow complete the following example -\nInput: 4.\nOutput:"
+    assert (p.lead, p.answer, p.target) == (" ", "5", " 5")
     p = render(MOOD, ASKED, SuperNI(negatives=1, explanations=True), demonstrations=1)
     assert p.text == (
         "Definition: Say the mood.\n\n"
         " Positive Example 1 -\nInput: Hurray!\n Output: glad.\n Explanation: a cheer.\n\n"
         " Negative Example 1 -\nInput: Oh no.\n Output: glad.\n Explanation: it is sad.\n\n"
-        "Now complete the following example -\nInput: What a day.\nOutput: "
+        "Now complete the following example -\nInput: What a day.\nOutput:"
     )
-    assert p.target == "glad"
+    assert p.target == " glad"
     two = render(MOOD, ASKED, "superni", demonstrations=2).text
     assert " Positive Example 2 -\nInput: Alas.\n Output: sad.\n\nNow complete" in two
     assert "Explanation" not in two

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from polytask.tasks import TaskCard
+from polytask.tasks import LabelCard, TaskCard
 
 
 class BackboneCard(BaseModel):
@@ -29,11 +29,34 @@ class BackboneCard(BaseModel):
     parameters: int
 
 
+class TextCard(BaseModel):
+    """How a task is put to a language model and its answer found; see `polytask.backbones.text`.
+
+    `template` with its `options` words the prompt from `instruction` and `labels`. `spans`: tags are BIO. `decide`:
+    `write` an answer, at most `max_tokens` long and up to a text of `stop`, or take the label or option of the greatest
+    `likelihood`, `normalise`d `raw` (its probability), by `length` (per token) or by `pmi` (over its probability
+    without the input). `limit`: tokens of prompt and answer together.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    template: str
+    options: dict[str, bool | int | str] = {}
+    instruction: str = ""
+    labels: tuple[LabelCard, ...] = ()
+    spans: bool = False
+    decide: Literal["write", "likelihood"] = "write"
+    normalise: Literal["raw", "length", "pmi"] = "raw"
+    stop: tuple[str, ...] = ()
+    max_tokens: int = 256
+    limit: int = 512
+
+
 class HeadCard(BaseModel):
     """How hidden states become answers; its tensors stand beside the method's, under the site `head`.
 
     `targets` name the classes in order. `pool` is how a sequence becomes one vector. `features` says what the linear
     map reads: the pooled vector; for a pair, both vectors with their difference and product, or one joint encoding.
+    With `text` the answer is in words, and there are no tensors.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,6 +65,12 @@ class HeadCard(BaseModel):
     pool: str = "mean"
     pair: str = "none"
     causal: bool = True
+    text: TextCard | None = None
+
+    @property
+    def reads(self) -> Literal["sequence", "words", "answer"]:
+        """What there are logits for: a sequence as a whole, each word of a tagged one, each token of an answer."""
+        return "answer" if self.text else "words" if self.kind == "tagging" else "sequence"
 
 
 class ScoreCard(BaseModel):
@@ -143,7 +172,7 @@ class Adapter:
 def content_digest(adapter: Adapter) -> str:
     """SHA-256 over everything that decides what the adapter computes."""
     sha = hashlib.sha256()
-    head = adapter.head.model_dump(mode="json") if adapter.head else None
+    head = adapter.head.model_dump(mode="json", exclude_none=True) if adapter.head else None
     says = [adapter.method, dict(adapter.hyperparameters), head, adapter.backbone.fingerprint]
     sha.update(json.dumps(says, sort_keys=True, ensure_ascii=False).encode())
     for name in sorted(adapter.tensors):

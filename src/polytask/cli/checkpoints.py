@@ -27,9 +27,7 @@ def folder_for(library: Path, base: Backbone, plans: Sequence[Plan]) -> Path:
             plan.method,
             dict(plan.hyperparameters or {}),
             vars(plan.settings),
-            plan.pool,
-            plan.pair,
-            plan.causal,
+            vars(plan.reading),
         ]
         for plan in plans
     ]

@@ -32,7 +32,7 @@ def compare(
     runs: Annotated[
         Path, typer.Option("--runs", metavar="DIR", help="Results are kept here as they come, and found again.")
     ] = Path("runs"),
-    base: options.Base = "minilm",
+    base: options.Base = None,
     input: options.Input = None,
     output: options.Output = None,
     pair: options.Pair = None,
@@ -44,6 +44,8 @@ def compare(
     pool: options.Pool = None,
     pair_mode: options.PairMode = "separate",
     bidirectional: options.Bidirectional = False,
+    text: options.InText = None,
+    template: options.TemplateName = "plain",
     precision: options.Precision = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -71,19 +73,18 @@ def compare(
     from polytask import __version__
     from polytask.backbones import load
     from polytask.evaluation.compare_page import page
-    from polytask.recipes.adapt import default_pool
     from polytask.recipes.compare import compare as run
 
-    options.check(data, {name: {} for name in names}, pool, pair_mode)
-    backbone = load(base, precision=precision)  # type: ignore[arg-type]
-    pool = pool or default_pool(backbone)
+    reading = options.reading(text, template, pool, pair_mode, bidirectional)
+    options.check(data, {name: {} for name in names}, reading)
+    backbone = load(options.base_for(base, data, reading), precision=precision)  # type: ignore[arg-type]
     says = [
         __version__,
         backbone.fingerprint,
         str(backbone.dtype),
         data.card().model_dump(mode="json"),
         vars(chosen),
-        [pool, pair_mode, bidirectional],
+        vars(reading),
     ]
     key = hashlib.sha256(jsons.dumps(says, sort_keys=True).encode()).hexdigest()[:8]
     folder = runs / f"{_plain(data.name)}-{key}"
@@ -115,9 +116,7 @@ def compare(
             names,
             seeds=seeds,
             settings=chosen,
-            pool=pool,
-            pair=pair_mode,
-            causal=not bidirectional,
+            reading=reading,
             folder=folder,
             on_event=on_event,
             on_trial=on_trial,

@@ -57,7 +57,7 @@ def demo(
     reports = [report(adapter, library) for adapter in adapters]
 
     inputs = (HERE / "inputs.txt").read_text(encoding="utf-8").splitlines()
-    requests = [Request(*text.split("\t")) for text in inputs]
+    requests = [Request(text) for text in inputs]
     engine = Engine(backbone, adapters=adapters)
     answers = [described(engine, r, found) for r, found in zip(requests, engine.answer(requests), strict=True)]
     seconds = time.perf_counter() - began

@@ -11,6 +11,7 @@ import typer
 from polytask.errors import UsageError
 
 if TYPE_CHECKING:
+    from polytask.recipes.reading import Reading
     from polytask.tasks import Task
     from polytask.training import Settings
 
@@ -29,8 +30,14 @@ Library = Annotated[Path, typer.Option("--library", "-l", metavar="DIR", help="T
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result.")]
 Base = Annotated[
-    str,
-    typer.Option("--base", "-b", metavar="NAME", help="minilm (embedded), a model folder, or a Hugging Face model id."),
+    str | None,
+    typer.Option(
+        "--base",
+        "-b",
+        metavar="NAME",
+        help="minilm or polytask-base (embedded), a model folder, or a Hugging Face model id. If not given, minilm, or "
+        "polytask-base where the answer is text.",
+    ),
 ]
 Precision = Annotated[
     str,
@@ -55,7 +62,8 @@ Kind = Annotated[
     typer.Option(
         "--kind",
         metavar="KIND",
-        help="classification, multilabel, tagging, regression or similarity. Guessed where it is clear.",
+        help="classification, multilabel, tagging, regression, similarity, generation or choice. Guessed where it is "
+        "clear.",
         rich_help_panel=_DATA,
     ),
 ]
@@ -96,6 +104,20 @@ PairMode = Annotated[
 Bidirectional = Annotated[
     bool, typer.Option("--bidirectional", help="Drop a decoder's causal mask.", rich_help_panel=_TRAINING)
 ]
+InText = Annotated[
+    bool | None,
+    typer.Option(
+        "--text/--head",
+        help="Answer in text, or by a head over hidden states. If not given, in text where the kind has no head.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+TemplateName = Annotated[
+    str,
+    typer.Option(
+        "--template", metavar="NAME", help="How prompts are worded: plain, superni or chat.", rich_help_panel=_TRAINING
+    ),
+]
 
 
 def read_task(
@@ -118,20 +140,37 @@ def read_task(
     return Task.read(source, input=input, output=output, pair=pair, kind=kind, name=name, metric=metric)  # type: ignore[arg-type]
 
 
-def check(task: Task, methods: Mapping[str, Mapping[str, str]], pool: str | None, pair_mode: str) -> None:
-    """Tell what is wrong with methods (and their hyperparameters), pooling or the kind before a model is loaded."""
-    from polytask.backbones import heads
+def reading(text: bool | None, template: str, pool: str | None, pair_mode: str, bidirectional: bool) -> Reading:
+    """How answers are read."""
+    from polytask.recipes.reading import Reading
+
+    in_text: Any = "auto" if text is None else "yes" if text else "no"
+    return Reading(in_text, pool, pair_mode, causal=not bidirectional, template=template)
+
+
+def base_for(base: str | None, task: Task, reading: Reading) -> str:
+    """The backbone that was asked for, or the embedded one that can answer the task."""
+    return base or ("polytask-base" if reading.writes(task) else "minilm")
+
+
+def check(task: Task, methods: Mapping[str, Mapping[str, str]], reading: Reading) -> None:
+    """Tell what is wrong with methods (and their hyperparameters), pooling, template or the kind before a model is
+    loaded."""
+    from polytask.backbones import heads, text
     from polytask.methods import build
 
     for method, hyperparameters in methods.items():
         build(method, hyperparameters)
+    if reading.writes(task):
+        text.design(task, reading.template)
+        return
     if task.kind not in heads.KINDS:
         why = next((f" ({note})" for note in task.notes if note.startswith("kind guessed")), "")
         raise UsageError(
             f"task {task.name} is of kind {task.kind}{why}, which has no labels to learn; if it is "
             f"{', '.join(heads.KINDS[:-1])} or {heads.KINDS[-1]}, say so with --kind"
         )
-    heads.design(task, pool=pool or "mean", pair=pair_mode)
+    heads.design(task, pool=reading.pool or "mean", pair=reading.pair)
 
 
 def settings(**given: Any) -> Settings:

@@ -9,18 +9,20 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from polytask.adapters import Adapter, HeadCard
-from polytask.backbones import Backbone, heads
+from polytask.adapters import Adapter, HeadCard, TextCard
+from polytask.backbones import Backbone, heads, text
 from polytask.composition import Mixture
 from polytask.composition.routing.nearest_task import Choice, NearestTask, Profile
 from polytask.errors import PolytaskError, UsageError
+from polytask.inference.answers import Options, say, weigh
+from polytask.inference.generation import Piece, Prompt, Sampling, Written, generate, stream
 from polytask.methods import Method, build, passes
 from polytask.methods.lifting import Active, Plan
 from polytask.methods.passes import Seat, Unit
@@ -28,6 +30,7 @@ from polytask.tasks import Example
 from polytask.tasks.task import Output
 
 PLANS_KEPT = 16
+WRITER = HeadCard(kind="generation", text=TextCard(template="plain"))  # reads answers' tokens; of no task
 
 
 class Source(Protocol):
@@ -38,23 +41,40 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """An input and who is to answer: an adapter's id or name, a mixture, or None for the router."""
+    """An input and who is to answer: an adapter's id or name, a mixture, or None for the router.
+
+    `options` are what a choice is made from; `sampling` is another rule for an answer that is written.
+    """
 
     input: str | tuple[str, ...]
     pair: str | None = None
     adapter: str | Mixture | None = None
+    options: tuple[str, ...] = ()
+    sampling: Sampling | None = None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A prompt as it stands, or the turns of a conversation (`role`, `content`), and who is to go on from it: an
+    adapter's id or name, a mixture, or None for the backbone alone."""
+
+    prompt: str | Sequence[Mapping[str, str]]
+    adapter: str | Mixture | None = None
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An output with the probability its head gives it. `adapter` is who answered (None where no adapter was near),
-    `name` its name, `routed` the router's probability for it where it was routed."""
+    """An output with its probability: its head's, or that of its text. `adapter` is who answered (None where no adapter
+    was near), `name` its name, `routed` the router's probability for it where it was routed. `mass` is the
+    attentiveness of a choice by likelihood: how much probability falls on its options."""
 
     output: Output | None
     probability: float | None
     adapter: str | None
     name: str | None = None
     routed: float | None = None
+    mass: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +94,7 @@ class Engine:
         self._loaded: dict[str, _Loaded] = {}
         self._names: dict[str, str] = {}
         self._routed: set[str] = set()
-        self._shapes: dict[Method, dict[str, torch.Size]] = {}
+        self._shapes: dict[tuple[Method, bool], dict[str, torch.Size]] = {}
         self._plans: OrderedDict[tuple[str, ...], Plan] = OrderedDict()
         self._lock = threading.RLock()
         for adapter in adapters:
@@ -136,12 +156,14 @@ class Engine:
 
     def _expected(self, method: Method, head: HeadCard | None) -> dict[str, torch.Size]:
         """The shape of every tensor that an adapter of this method with this head has on this backbone."""
-        if method not in self._shapes:
-            self._shapes[method] = {name: t.shape for name, t in method.start(self.backbone, 0).items()}
+        key = (method, head is not None and head.text is not None)
+        if key not in self._shapes:
+            own = method.start(self.backbone, 0, writing=key[1])
+            self._shapes[key] = {name: t.shape for name, t in own.items()}
         if head is None:
-            return self._shapes[method]
+            return self._shapes[key]
         first = heads.start(head, self.backbone.hidden_size, 0)
-        return self._shapes[method] | {f"head/{name}": t.shape for name, t in first.items()}
+        return self._shapes[key] | {f"head/{name}": t.shape for name, t in first.items()}
 
     def find(self, ref: str) -> str:
         """The id of an adapter by id or name, loaded from the source if need be. Raises UsageError where it is not."""
@@ -179,29 +201,97 @@ class Engine:
         if not chosen:
             return [a for a in answers if a is not None]
         who = {ref: self._weights(ref) for _, _, ref in chosen}
-        order = sorted({k for weights, _ in who.values() for k in weights})
-        plan = self._plan(tuple(order))
+        order, plan = self._planned([weights for weights, _ in who.values()])
         seats: dict[str | Mixture, int] = {}
         made: list[Seat] = []
+        owners: list[str] = []
         for ref, (weights, reader) in who.items():
             loaded = self._loaded[reader]
             if loaded.adapter.head is None:
                 raise UsageError(f"adapter {loaded.adapter.name} has no head; name an adapter whose head is to answer")
             seats[ref] = len(made)
-            made.append(Seat(loaded.adapter.head, loaded.head, torch.tensor([weights.get(k, 0.0) for k in order])))
+            made.append(Seat(loaded.adapter.head, loaded.head, _row(weights, order)))
+            owners.append(loaded.adapter.name)
+        found: dict[int, tuple[Output, float | None, float | None]] = {}
+        read = [(i, request, seats[ref]) for i, request, ref in chosen if not made[seats[ref]].head.text]
         units: list[Unit] = []
-        which: list[int] = []
-        for _, request, ref in chosen:
-            adapter = self._loaded[who[ref][1]].adapter
-            head = made[seats[ref]].head
-            units += passes.encode(self.backbone, head, [self._example(request, head, adapter)], limit)
-            which.append(seats[ref])
-        found = passes.answer(plan, made, units, which)
-        for (i, _, ref), (output, probability) in zip(chosen, found, strict=True):
+        for _, request, s in read:
+            units += passes.encode(self.backbone, made[s].head, [_example(request, made[s].head, owners[s])], limit)
+        for (i, _, _), answer in zip(read, passes.answer(plan, made, units, [s for _, _, s in read]), strict=True):
+            found[i] = (*answer, None)
+        said = [(i, request, seats[ref]) for i, request, ref in chosen if made[seats[ref]].head.text]
+        examples = [_example(request, made[s].head, owners[s]) for _, request, s in said]
+        rules = {n: request.sampling for n, (_, request, _) in enumerate(said) if request.sampling}
+        for (i, _, _), one in zip(said, say(plan, [made[s] for _, _, s in said], examples, rules), strict=True):
+            found[i] = (one.output, one.probability, one.mass)
+        for i, _, ref in chosen:
+            output, probability, mass = found[i]
             reader = who[ref][1]
             share = routed[i].probability if i in routed else None
-            answers[i] = Answer(output, probability, reader, self._loaded[reader].adapter.name, share)
+            answers[i] = Answer(output, probability, reader, self._loaded[reader].adapter.name, share, mass)
         return [a for a in answers if a is not None]
+
+    def weigh(self, requests: Sequence[Request]) -> list[Options]:
+        """The likelihood of each request's options, by the adapter that it names."""
+        with self._lock, torch.no_grad():
+            who = [self._weights(r.adapter) for r in requests if r.adapter is not None]
+            order, plan = self._planned([weights for weights, _ in who])
+            seats, examples = [], []
+            for request, (weights, reader) in zip(requests, who, strict=True):
+                adapter = self._loaded[reader].adapter
+                if adapter.head is None or not adapter.head.text:
+                    raise UsageError(f"adapter {adapter.name} does not answer in text, so it weighs no options")
+                seats.append(Seat(adapter.head, {}, _row(weights, order)))
+                examples.append(_example(request, adapter.head, adapter.name))
+            return weigh(plan, seats, examples)
+
+    def generate(self, asks: Sequence[Ask]) -> list[Written]:
+        """What follows each prompt, in order."""
+        with self._lock, torch.no_grad():
+            return generate(*self._prompts(asks))
+
+    def stream(self, asks: Sequence[Ask]) -> Iterator[Piece]:
+        """The same piece by piece, as it is written; others wait until the last piece has been taken."""
+        with self._lock, torch.no_grad():
+            yield from stream(*self._prompts(asks))
+
+    def logprobs(self, asks: Sequence[Ask], answers: Sequence[str], *, end: bool = True) -> list[Tensor]:
+        """log p of each token of `answers[i]` [tokens] after `asks[i]`, and of the token that ends it unless not `end`.
+
+        The answer stands in the text as it is given: one that begins a word needs its space.
+        """
+        with self._lock, torch.no_grad():
+            plan, prompts = self._prompts(asks)
+            asked = []
+            for ask, prompt, answer in zip(asks, prompts, answers, strict=True):
+                target = text.target_ids(self.backbone, self._text(ask), answer, list(prompt.ids))
+                asked.append(text.Asked(list(prompt.ids), target if end else target[:-1] or target))
+            seats = [Seat(WRITER, {}, prompt.weights) for prompt in prompts]
+            return passes.logprobs(plan, seats, passes.answered(self.backbone, asked), range(len(asks)))
+
+    def _prompts(self, asks: Sequence[Ask]) -> tuple[Plan, list[Prompt]]:
+        who = [{} if ask.adapter is None else self._weights(ask.adapter)[0] for ask in asks]
+        order, plan = self._planned(who)
+        prompts = []
+        for ask, weights in zip(asks, who, strict=True):
+            ids = text.prompt_ids(self.backbone, self._text(ask))
+            prompts.append(Prompt(ids, _row(weights, order), ask.sampling))
+        return plan, prompts
+
+    def _text(self, ask: Ask) -> str:
+        if isinstance(ask.prompt, str):
+            return ask.prompt
+        if not getattr(self.backbone.tokenizer, "chat_template", None):
+            raise UsageError(f"{self.backbone.name} has no chat template; give the prompt as one text")
+        said: str = self.backbone.tokenizer.apply_chat_template(
+            [dict(turn) for turn in ask.prompt], tokenize=False, add_generation_prompt=True
+        )
+        return said
+
+    def _planned(self, who: Sequence[Mapping[str, float]]) -> tuple[list[str], Plan]:
+        """The ids of all adapters that someone gives a weight, in order, and their plan."""
+        order = sorted({k for weights in who for k in weights})
+        return order, self._plan(tuple(order))
 
     def _weights(self, ref: str | Mixture) -> tuple[dict[str, float], str]:
         """Weights by adapter id, and whose head reads."""
@@ -221,17 +311,6 @@ class Engine:
         self._plans.move_to_end(ids)
         return self._plans[ids]
 
-    def _example(self, request: Request, head: HeadCard, adapter: Adapter) -> Example:
-        """The request as its head reads it: a tagger gets words, a pair head two texts."""
-        given: str | tuple[str, ...] = request.input
-        if head.kind == "tagging" and isinstance(given, str):
-            given = split_words(given)
-        if head.pair != "none" and request.pair is None:
-            raise UsageError(f"adapter {adapter.name} compares two texts and got one; put a tab between them")
-        if head.pair == "none" and request.pair is not None:
-            raise UsageError(f"adapter {adapter.name} reads one text and got a pair")
-        return Example("", given, pair=request.pair)
-
     def _pairs(self, id: str) -> bool:
         head = self._loaded[id].adapter.head
         return head is not None and head.pair != "none"
@@ -246,6 +325,22 @@ class Engine:
     def embed(self, texts: Sequence[str], limit: int = 256) -> Tensor:
         """Mean-pooled last hidden states [N, d] of the backbone alone, fp32, on the CPU."""
         return passes.embed(self.backbone, texts, limit)
+
+
+def _row(weights: Mapping[str, float], order: Sequence[str]) -> Tensor:
+    return torch.tensor([weights.get(k, 0.0) for k in order])
+
+
+def _example(request: Request, head: HeadCard, owner: str) -> Example:
+    """The request as `owner`'s head reads it: a tagger gets words, a pair head two texts."""
+    given: str | tuple[str, ...] = request.input
+    if head.kind == "tagging" and isinstance(given, str):
+        given = split_words(given)
+    if head.pair != "none" and request.pair is None:
+        raise UsageError(f"adapter {owner} compares two texts and got one; put a tab between them")
+    if head.pair == "none" and request.pair is not None:
+        raise UsageError(f"adapter {owner} reads one text and got a pair")
+    return Example("", given, pair=request.pair, extra={"options": request.options} if request.options else {})
 
 
 def _parted(request: Request) -> Request:

@@ -22,5 +22,6 @@ class Full(Method):
 
     swaps = True
 
-    def start(self, backbone: Backbone, seed: int) -> dict[str, Tensor]:
-        return {f":{path}/{name}": torch.zeros(parameter.shape) for path, name, parameter in backbone.weights_read()}
+    def start(self, backbone: Backbone, seed: int, *, writing: bool = False) -> dict[str, Tensor]:
+        read = backbone.weights_read(writing=writing)
+        return {f":{path}/{name}": torch.zeros(parameter.shape) for path, name, parameter in read}

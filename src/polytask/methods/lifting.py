@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -101,22 +101,36 @@ class Plan:
         if weights is None:
             weights = torch.zeros(R, len(self.adapters), device=batch.ids.device)
             weights[:, 0] = 1.0
-        if not self.apart:
+        groups = self.together(weights)
+        if len(groups) == 1:
             return self._pass(batch, weights, causal)
-        kinds, which = torch.unique(weights[:, self.apart], dim=0, return_inverse=True)
-        if len(kinds) == 1:
-            with self.backbone.weights_changed(self._differences(weights[0])):
-                return self._pass(batch, weights, causal)
         out: Tensor | None = None
-        for i in range(len(kinds)):
-            index = (which == i).nonzero()[:, 0]
-            with self.backbone.weights_changed(self._differences(weights[index[0]])):
-                states = self._pass(batch.rows(index), weights[index], causal)
+        for index in groups:
+            states = self._pass(batch.rows(index), weights[index], causal)
             if out is None:
                 out = states.new_zeros(R, *states.shape[1:])
             out = out.index_copy(0, index, states)
         assert out is not None
         return out
+
+    def together(self, weights: Tensor) -> list[Tensor]:
+        """Which rows of weights [R, K] may share a pass, as lists of rows: those that agree on the adapters that
+        change whole weights or act on what all rows share."""
+        if not self.apart:
+            return [torch.arange(len(weights), device=weights.device)]
+        kinds, which = torch.unique(weights[:, self.apart], dim=0, return_inverse=True)
+        return [(which == i).nonzero()[:, 0] for i in range(len(kinds))]
+
+    @contextlib.contextmanager
+    def acting(self, weights: Tensor) -> Iterator[Acting]:
+        """Have the adapters act in any passes of the backbone, on rows with these weights [R, K], which `together` puts
+        in one list; set `mix` of what it gives where the next pass has other rows."""
+        acting = Acting(Mix(weights))
+        if not self.adapters:
+            yield acting
+            return
+        with self.backbone.weights_changed(self._differences(weights[0])), self._hooked(acting):
+            yield acting
 
     def _differences(self, weights: Tensor) -> dict[tuple[str, str], Tensor]:
         """Σ w Δθ by (module path, parameter name), for one row's weights [K]."""
@@ -133,11 +147,11 @@ class Plan:
         return total
 
     def _pass(self, batch: Batch, weights: Tensor, causal: bool) -> Tensor:
-        with self._hooked(Mix(weights)):
+        with self.acting(weights):
             return self.backbone.hidden(batch, causal=causal)
 
     @contextlib.contextmanager
-    def _hooked(self, mix: Mix) -> Iterator[None]:
+    def _hooked(self, acting: Acting) -> Iterator[None]:
         handles = []
         try:
             for name, site in self.backbone.sites.items():  # their order, so that the adapters' does not matter
@@ -145,7 +159,7 @@ class Plan:
                 if not groups:
                     continue
                 module = self.backbone.model.get_submodule(site.path)
-                change = self._change(site, groups, mix)
+                change = acting.changes[name] = self._change(site, groups, acting)
                 if site.point in ("output", "stream"):
                     handles.append(module.register_forward_hook(_after(site, change)))
                 else:
@@ -155,16 +169,16 @@ class Plan:
             for handle in handles:
                 handle.remove()
 
-    def _change(self, site: Site, groups: list[Group], mix: Mix) -> Callable[[Tensor, Tensor], Tensor]:
+    def _change(self, site: Site, groups: list[Group], acting: Acting) -> Callable[[Tensor, Tensor], Tensor]:
         def change(x: Tensor, y: Tensor) -> Tensor:
-            here = mix
-            if len(y) != len(mix.weights):
+            here = acting.mix
+            if len(y) != len(here.weights):
                 if site.name not in self.backbone.rowless:
                     raise PolytaskError(
-                        f"site {site.name}: its module ran on {list(y.shape)} in a pass of {len(mix.weights)} rows, so "
-                        f"rows cannot have adapters of their own there"
+                        f"site {site.name}: its module ran on {list(y.shape)} in a pass of {len(here.weights)} rows, "
+                        f"so rows cannot have adapters of their own there"
                     )
-                here = mix.shared
+                here = here.shared
             if len(groups) == 1:
                 return self._mixed(groups[0], x, y, here)
             # Each Δ is computed from the same y, so that the order of the adapters does not matter.
@@ -214,6 +228,14 @@ class Group:
         self.joined.clear()
 
 
+@dataclass
+class Acting:
+    """The mix of the pass that runs, and what happens at each site, for passes that do not run modules."""
+
+    mix: Mix
+    changes: dict[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
+
+
 class Mix:
     """The weights of one batch, with what each group needs of them worked out once per pass."""
 
@@ -244,6 +266,13 @@ class Columns:
         R = w.shape[0]
         self.whole = len(self.rows) == R and bool((self.rows == torch.arange(R, device=w.device)).all())
         self.used = torch.unique(self.which).tolist()
+        self._kept: dict[Hashable, Tensor] = {}
+
+    def kept(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What a method works out from the weights alone, once for all sites and, where rows write, all steps."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
 
 def lifted(group: Group, x: Tensor, y: Tensor, c: Columns) -> Tensor:

@@ -71,14 +71,19 @@ class LoRA(Method):
             return torch.addmm(y.flatten(0, -2), h, B.T).view_as(y)
         if not (c.whole and len(set(ranks)) == 1 and sum(ranks) > WIDE):
             A, B = _joined(group, "wide", lambda: (_rows(group), _columns(group)))
-            m = c.w.to(x.dtype).repeat_interleave(torch.tensor(ranks, device=x.device), dim=1)
-            h = (x @ A.T) * m[:, None, :]
+            m = c.kept(("rank", *ranks, x.dtype), lambda: _by_rank(c.w, ranks, x.dtype))
+            h = (x @ A.T) * m
             return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.T).view_as(y)
         A, B = _joined(group, "stacked", lambda: (torch.stack([p["A"] for p in group.params]), _stack(group)))
         h = torch.bmm(x, A[c.which].mT)
         if not c.plain:
             h = h * c.scale.to(h.dtype)[:, None, None]
         return torch.baddbmm(y, h, B[c.which])
+
+
+def _by_rank(w: Tensor, ranks: list[int], dtype: torch.dtype) -> Tensor:
+    """Each adapter's weight for each of its ranks: [R, 1, Σr] from w [R, G]."""
+    return w.to(dtype).repeat_interleave(torch.tensor(ranks, device=w.device), dim=1)[:, None, :]
 
 
 def _rows(group: Group) -> Tensor:

@@ -51,17 +51,18 @@ class Method:
         """Δ [T, width] for one row, from this site's tensors `p`, what the site reads x [T, reads], its value y."""
         raise NotImplementedError(type(self).__name__)
 
-    def start(self, backbone: Backbone, seed: int) -> dict[str, Tensor]:
-        """All tensors before training, named `<site>/<parameter>`.
+    def start(self, backbone: Backbone, seed: int, *, writing: bool = False) -> dict[str, Tensor]:
+        """All tensors before training, named `<site>/<parameter>`; `writing` is for an answer in text.
 
         Raises UsageError where one of the method's site patterns matches nothing in this backbone.
         """
         generator = torch.Generator().manual_seed(seed)
         tensors: dict[str, Tensor] = {}
-        for name in match(backbone.reader_sites, self.sites):
+        sites = backbone.sites_for(writing=writing)
+        for name in match(sites, self.sites):
             if name == "head":  # its tensors' names would be those of the task's head
                 raise UsageError(f"{self.name} cannot act at the site 'head': name the last block's output, '-1'")
-            for parameter, tensor in self.init(backbone.reader_sites[name], generator).items():
+            for parameter, tensor in self.init(sites[name], generator).items():
                 tensors[f"{name}/{parameter}"] = tensor
         return tensors
 

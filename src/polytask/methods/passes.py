@@ -2,21 +2,23 @@
 
 An example becomes a `Unit`: one token sequence, or two for a pair whose texts are encoded apart. A `Seat` is who
 answers: a head with its tensors, and the weights of a plan's adapters that its rows get. Units of different seats
-share a pass; each seat's head reads its own rows.
+share a pass; each seat's head reads its own rows. An answer in text is read like tags: each of its tokens is the class
+that the position before it has to give.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from polytask.adapters import HeadCard
-from polytask.backbones import Backbone, Batch, heads
+from polytask.backbones import Backbone, heads, text
 from polytask.backbones.backbone import padded
+from polytask.backbones.frame import start_token, unembed
 from polytask.methods.lifting import Plan
 from polytask.tasks import Example
 from polytask.tasks.task import Output
@@ -27,17 +29,25 @@ TOKENS_A_PASS = 2048  # padded tokens: large enough for full matrix products, sm
 
 @dataclass(slots=True)
 class Unit:
-    """An example as token ids. `starts` are the first-piece positions of its words, where it is tagged. `states` are
-    cached hidden states [T, d] of each sequence at the block where passes begin."""
+    """An example as token ids. `starts` are the positions that are read one by one: of its words' first pieces, where
+    it is tagged, or those that predict its answer's tokens, `target`. `written` is what a decoder beside the encoder
+    reads. `states` are cached hidden states [T, d] of each sequence at the block where passes begin."""
 
     ids: tuple[list[int], ...]
     starts: list[int] | None = None
+    target: list[int] | None = None
+    written: list[int] | None = None
     states: tuple[Tensor, ...] | None = None
 
     @property
     def length(self) -> int:
         """The padded length of its longest sequence."""
-        return padded(max(len(row) for row in self.ids))
+        return padded(max(len(row) for row in (*self.ids, self.written or ())))
+
+    @property
+    def read(self) -> int:
+        """How many positions are read one by one."""
+        return sum(at >= 0 for at in self.starts or ())
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +60,9 @@ class Seat:
 
 
 def encode(backbone: Backbone, head: HeadCard, examples: Sequence[Example], limit: int = 256) -> list[Unit]:
-    """Tokenise examples the way `head` reads them, at most `limit` tokens a sequence."""
+    """Tokenise examples the way `head` reads them, at most `limit` tokens a sequence (a text card has its own)."""
+    if head.text:
+        return answered(backbone, text.encode(backbone, head, [text.ask(head, e) for e in examples]))
     if head.kind == "tagging":
         ids, starts = backbone.tokenize_words([e.input for e in examples], limit)
         return [Unit((row,), first) for row, first in zip(ids, starts, strict=True)]
@@ -62,6 +74,20 @@ def encode(backbone: Backbone, head: HeadCard, examples: Sequence[Example], limi
         return [Unit((row,)) for row in backbone.tokenize(texts, seconds, limit)]
     both = zip(backbone.tokenize(texts, limit=limit), backbone.tokenize(seconds, limit=limit), strict=True)
     return [Unit((u, v)) for u, v in both]
+
+
+def answered(backbone: Backbone, asked: Sequence[text.Asked]) -> list[Unit]:
+    """Prompts with answers, as units whose read positions predict the answers' tokens."""
+    units = []
+    for one in asked:
+        target = one.target or []
+        if backbone.kind == "encoder-decoder":
+            written = [start_token(backbone), *target[:-1]]
+            units.append(Unit((one.ids,), list(range(len(target))), target, written))
+        else:
+            first = len(one.ids) - 1
+            units.append(Unit(([*one.ids, *target[:-1]],), list(range(first, first + len(target))), target))
+    return units
 
 
 def packs(units: Sequence[Unit], budget: int = TOKENS_A_PASS) -> list[list[int]]:
@@ -96,13 +122,58 @@ def packs(units: Sequence[Unit], budget: int = TOKENS_A_PASS) -> list[list[int]]
 
 
 def schedule(
-    seats: Sequence[Seat], units: Sequence[Unit], which: Sequence[int], budget: int = TOKENS_A_PASS
+    seats: Sequence[Seat],
+    units: Sequence[Unit],
+    which: Sequence[int],
+    budget: int = TOKENS_A_PASS,
+    *,
+    packable: bool = False,
 ) -> Iterator[list[int]]:
-    """Passes of units whose seats agree on the causal mask, as indexes of units; see `packs`."""
-    for causal in sorted({seats[s].head.causal for s in which}):
-        chosen = [i for i, s in enumerate(which) if seats[s].head.causal == causal]
+    """Passes of units whose seats agree on the causal mask and on writing, as indexes of units; see `packs`.
+
+    Answers in text that may share rows are cut by the budget alone, whatever their lengths.
+    """
+    ways = [(seat.head.causal, seat.head.text is not None) for seat in seats]
+    for way in sorted({ways[s] for s in which}):
+        chosen = [i for i, s in enumerate(which) if ways[s] == way]
+        if way[1] and packable:
+            yield from filled([units[i].length for i in chosen], chosen, budget)
+            continue
         for pack in packs([units[i] for i in chosen], budget):
             yield [chosen[j] for j in pack]
+
+
+def filled(lengths: Sequence[int], items: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Items in order, cut where their lengths go over the budget."""
+    taken: list[int] = []
+    used = 0
+    for length, item in zip(lengths, items, strict=True):
+        if taken and used + length > budget:
+            yield taken
+            taken, used = [], 0
+        taken.append(item)
+        used += length
+    if taken:
+        yield taken
+
+
+def binned(lengths: Sequence[int], owners: Sequence[Hashable]) -> list[list[int]]:
+    """Rows that hold sequences of one owner side by side, none longer than the longest sequence: the longest first,
+    each into the first row with room (first-fit decreasing; Prepacking: Zhao et al. 2024, arXiv 2404.09529)."""
+    capacity = max(lengths, default=0)
+    rows: list[list[int]] = []
+    room: dict[Hashable, list[tuple[int, int]]] = {}  # by owner: (room, row)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        own = room.setdefault(owners[i], [])
+        at = next((n for n, (left, _) in enumerate(own) if left >= lengths[i]), None)
+        if at is None:
+            at = len(own)
+            own.append((capacity, len(rows)))
+            rows.append([])
+        left, row = own[at]
+        own[at] = (left - lengths[i], row)
+        rows[row].append(i)
+    return rows
 
 
 def forward(
@@ -110,13 +181,16 @@ def forward(
 ) -> Iterator[tuple[int, list[int], Tensor]]:
     """One pass. Unit i is answered by seat `which[i]`; yields (seat, its units in order, logits) for each seat.
 
-    Logits are [units, C], or [words, C] for a tagging head: the words of its units, one after another, that have a
-    position (see `words`). `start` is the block at which cached states enter.
+    Logits are [units, C], or [positions, C] for a head that reads words or an answer: those of its units, one after
+    another (see `positions`). `start` is the block at which cached states enter.
     """
     backbone = plan.backbone
     mine: dict[int, list[int]] = {}
     for i, seat in enumerate(which):
         mine.setdefault(seat, []).append(i)
+    if backbone.packable and seats[which[0]].head.text:
+        yield from _side_by_side(plan, seats, units, mine, which, start)
+        return
     rows: list[list[int]] = []
     states: list[Tensor] = []
     weights: list[Tensor] = []
@@ -134,21 +208,58 @@ def forward(
     if states:
         stacked = torch.nn.utils.rnn.pad_sequence(states, batch_first=True).to(backbone.device)
         stacked = torch.nn.functional.pad(stacked, (0, 0, 0, batch.ids.shape[1] - stacked.shape[1]))
-        batch = Batch(batch.ids, batch.mask, start, stacked)
+        batch = replace(batch, start=start, states=stacked)
+    if any(unit.written for unit in units):
+        order = [i for members in mine.values() for i in members]
+        batch = replace(batch, written=backbone.collate([units[i].written or [] for i in order]).ids)
     causal = seats[which[0]].head.causal
     hidden = plan.hidden(batch, torch.cat(weights).to(backbone.device), causal=causal)
     for s, members in mine.items():
         begin, end = spans[s]
         head, params = seats[s].head, seats[s].params
-        φ = heads.features(head, hidden[begin:end], batch.mask[begin:end], params.get("q"))
-        if head.kind == "tagging":
-            rows_of, at = words([units[i] for i in members])
+        φ = hidden[begin:end]
+        if not head.text:
+            φ = heads.features(head, φ, batch.mask[begin:end], params.get("q"))
+        if head.reads != "sequence":
+            rows_of, at = positions([units[i] for i in members])
             φ = φ[rows_of.to(φ.device), at.to(φ.device)]
-        yield s, members, heads.logits(dict(params), φ)
+        yield s, members, unembed(backbone, φ) if head.text else heads.logits(dict(params), φ)
 
 
-def words(units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
-    """(row, position) of every word with a position, row by row."""
+def _side_by_side(
+    plan: Plan,
+    seats: Sequence[Seat],
+    units: Sequence[Unit],
+    mine: Mapping[int, Sequence[int]],
+    which: Sequence[int],
+    start: int,
+) -> Iterator[tuple[int, list[int], Tensor]]:
+    """A pass of answers in text, several in a row."""
+    backbone = plan.backbone
+    rows = binned([len(unit.ids[0]) for unit in units], which)
+    batch = backbone.pack([[units[i].ids[0] for i in row] for row in rows])
+    if units[0].states:
+        joined = [torch.cat([state for i in row for state in units[i].states or ()]) for row in rows]
+        stacked = torch.nn.utils.rnn.pad_sequence(joined, batch_first=True).to(backbone.device)
+        stacked = torch.nn.functional.pad(stacked, (0, 0, 0, batch.ids.shape[1] - stacked.shape[1]))
+        batch = replace(batch, start=start, states=stacked)
+    none = torch.zeros(len(plan.adapters))
+    weights = torch.stack([none if (w := seats[which[row[0]]].weights) is None else w for row in rows])
+    hidden = plan.hidden(batch, weights.to(backbone.device))
+    begins: dict[int, tuple[int, int]] = {}
+    for r, row in enumerate(rows):
+        at = 0
+        for i in row:
+            begins[i] = (r, at)
+            at += len(units[i].ids[0])
+    for s, members in mine.items():
+        read = [(begins[i][0], begins[i][1] + at) for i in members for at in units[i].starts or ()]
+        index = torch.tensor(read, dtype=torch.long, device=hidden.device).reshape(-1, 2)
+        yield s, [*members], unembed(backbone, hidden[index[:, 0], index[:, 1]])
+
+
+def positions(units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
+    """(row, position) of everything that is read one by one, row by row."""
     pairs = [(row, at) for row, unit in enumerate(units) for at in unit.starts or () if at >= 0]
     index = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
     return index[:, 0], index[:, 1]
@@ -164,10 +275,7 @@ def features(backbone: Backbone, head: HeadCard, units: Sequence[Unit], q: Tenso
     found: list[Tensor] = [torch.empty(0)] * len(units)
     for pack in packs(units):
         for _, members, φ in forward(plan, [seat], [units[i] for i in pack], [0] * len(pack)):
-            if head.kind == "tagging":
-                parts = torch.split(φ, [sum(at >= 0 for at in units[pack[j]].starts or ()) for j in members])
-            else:
-                parts = φ.unbind()
+            parts = torch.split(φ, [units[pack[j]].read for j in members]) if head.reads == "words" else φ.unbind()
             for j, part in zip(members, parts, strict=True):
                 found[pack[j]] = part
     return found
@@ -181,19 +289,35 @@ def embed(backbone: Backbone, texts: Sequence[str], limit: int = 256) -> Tensor:
 
 
 @torch.no_grad()
+def logprobs(
+    plan: Plan, seats: Sequence[Seat], units: Sequence[Unit], which: Sequence[int], budget: int = TOKENS_A_PASS
+) -> list[Tensor]:
+    """log p of each token of each unit's answer [tokens], fp32, on the CPU, in the units' order."""
+    found: list[Tensor] = [torch.empty(0)] * len(units)
+    for pack in schedule(seats, units, which, budget, packable=plan.backbone.packable):
+        for _, members, z in forward(plan, seats, [units[i] for i in pack], [which[i] for i in pack]):
+            targets = [units[pack[j]].target or [] for j in members]
+            wanted = torch.tensor([token for target in targets for token in target], device=z.device)
+            log_p = z.log_softmax(-1).gather(1, wanted[:, None])[:, 0].cpu()
+            for j, part in zip(members, torch.split(log_p, [len(target) for target in targets]), strict=True):
+                found[pack[j]] = part
+    return found
+
+
+@torch.no_grad()
 def answer(
     plan: Plan, seats: Sequence[Seat], units: Sequence[Unit], which: Sequence[int], budget: int = TOKENS_A_PASS
 ) -> list[tuple[Output, float | None]]:
-    """What each unit's seat answers, with its probability, in the units' order.
+    """What each unit's seat answers by its head, with its probability, in the units' order.
 
     A tagged row's probability is that of its least sure word; a word that was cut off gets the first target, `O`.
     """
     answers: list[tuple[Output, float | None]] = [("", None)] * len(units)
-    for pack in schedule(seats, units, which, budget):
+    for pack in schedule(seats, units, which, budget, packable=plan.backbone.packable):
         for s, members, z in forward(plan, seats, [units[i] for i in pack], [which[i] for i in pack]):
             head = seats[s].head
             outputs, sure = heads.decode(head, z.cpu())
-            if head.kind != "tagging":
+            if head.reads == "sequence":
                 for j, found in zip(members, zip(outputs, sure, strict=True), strict=True):
                     answers[pack[j]] = found
                 continue

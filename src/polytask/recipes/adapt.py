@@ -16,11 +16,13 @@ import torch
 
 import polytask
 from polytask.adapters import Adapter, Card, Lineage, ScoreCard
-from polytask.backbones import Backbone, heads
+from polytask.backbones import Backbone
 from polytask.composition.routing.nearest_task import Profile
-from polytask.errors import PolytaskError
-from polytask.inference import Engine, Request
+from polytask.errors import PolytaskError, UsageError
+from polytask.inference import Answer, Engine, Request
+from polytask.inference.answers import choose_normalisation
 from polytask.methods import build, passes
+from polytask.recipes.reading import Reading
 from polytask.tasks import Example, Task
 from polytask.tasks.scorers import score
 from polytask.tasks.task import Output
@@ -31,15 +33,14 @@ PROFILED = 2000  # training inputs that a task's mean embedding is taken over
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do with one task: a method by name (or `auto`), its hyperparameters, and how to train."""
+    """What to do with one task: a method by name (or `auto`), its hyperparameters, how to train, and how the answer is
+    read."""
 
     task: Task
     method: str = "auto"
     hyperparameters: Mapping[str, Any] | None = None
     settings: Settings = field(default_factory=Settings)
-    pool: str = "mean"
-    pair: str = "separate"
-    causal: bool = True
+    reading: Reading = field(default_factory=Reading)
 
 
 def adapt(
@@ -49,25 +50,18 @@ def adapt(
     *,
     hyperparameters: Mapping[str, Any] | None = None,
     settings: Settings | None = None,
-    pool: str | None = None,
-    pair: str = "separate",
-    causal: bool = True,
+    reading: Reading | None = None,
     folder: Path | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> Adapter:
     """Teach a task to a frozen backbone; the adapter's card says what was done and how well it does.
 
     `method` is a name of `polytask methods` or `auto`. `folder` keeps checkpoints, and training goes on from the one
-    it finds there. Raises UsageError for a task without a label head or an unknown method, PolytaskError where the
-    data cannot be learned from.
+    it finds there. Raises UsageError for a task that this backbone cannot answer or an unknown method, PolytaskError
+    where the data cannot be learned from.
     """
-    plan = Plan(task, method, hyperparameters, settings or Settings(), pool or default_pool(base), pair, causal)
+    plan = Plan(task, method, hyperparameters, settings or Settings(), reading or Reading())
     return adapt_many(base, [plan], folder=folder, on_event=on_event)[0]
-
-
-def default_pool(base: Backbone) -> str:
-    """Mean over tokens for models that read both ways, the last token for causal ones."""
-    return "last" if base.kind == "decoder" else "mean"
 
 
 def adapt_many(
@@ -84,7 +78,9 @@ def adapt_many(
         if plan.method == "auto":
             plan = _automatic(base, plan)
         method = build(plan.method, plan.hyperparameters)
-        head = heads.design(plan.task, pool=plan.pool, pair=plan.pair, causal=plan.causal)
+        head = plan.reading.design(base, plan.task, plan.settings.limit)
+        if head.text and method.name == "head":
+            raise UsageError(f"task {plan.task.name} is answered in text, which has no head to train")
         jobs.append(Job(plan.task, method, head, plan.settings))
     learned = train(base, jobs, on_event=on_event, folder=folder, accelerator=accelerator)
     return [_finish(base, plan, job, found) for plan, job, found in zip(plans, jobs, learned, strict=True)]
@@ -96,8 +92,8 @@ def _automatic(base: Backbone, plan: Plan) -> Plan:
     Query and value alone, LoRA's default, learn tags slower: span F1 on snips_slots was 0.80 against 0.86 (full
     fine-tuning: 0.87) after four epochs of 2,000 examples.
     """
-    maps = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
-    present = {".".join(site.split(".")[-2:]) for site in base.reader_sites}
+    maps = (*(f"{at}.{letter}" for at in ("attn", "cross") for letter in "qkvo"), "mlp.gate", "mlp.up", "mlp.down")
+    present = {".".join(site.split(".")[-2:]) for site in base.sites_for(writing=plan.reading.writes(plan.task))}
     hyperparameters = {"sites": tuple(f"*.{name}" for name in maps if name in present)} | dict(
         plan.hyperparameters or {}
     )
@@ -106,29 +102,27 @@ def _automatic(base: Backbone, plan: Plan) -> Plan:
 
 
 def _finish(base: Backbone, plan: Plan, job: Job, learned: Learned) -> Adapter:
-    task = plan.task
+    task, head = plan.task, job.head
     notes = list(task.notes)
     name, hyperparameters, tensors = job.method.name, job.method.hyperparameters(), learned.tensors
     if plan.method == "auto":
-        metric = task.metric or "score"
-        said = f"{metric} on validation: head {learned.probe:.3f}, lora {learned.validation:.3f}"
+        metric = "geometric mean of token probabilities" if head.text else task.metric or "score"
+        before = "backbone alone" if head.text else "head"
+        said = f"{metric} on validation: {before} {learned.probe:.3f}, lora {learned.validation:.3f}"
         if learned.validation > learned.probe:
             notes.append(f"auto chose lora: {said}")
         else:
             name, tensors = "head", learned.probe_tensors
             hyperparameters = build("head").hyperparameters()
-            notes.append(f"auto chose head: {said}; the frozen features are enough")
+            notes.append(f"auto chose {before}: {said}")
     kept = {n: t.detach().float().cpu().contiguous() for n, t in tensors.items()}
     baseline = {n: t.detach().float().cpu().contiguous() for n, t in learned.probe_tensors.items()}
     inputs = [e.text for e in task.train]
     if len(inputs) > PROFILED:
         chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:PROFILED]
         inputs = [inputs[i] for i in chosen.tolist()]
-    profile = Profile.of(passes.embed(base, inputs, plan.settings.limit)).tensors()
-
-    def made(method: str, hyper: Mapping[str, Any], parts: Mapping[str, Any], card: Card) -> Adapter:
-        return Adapter(method, dict(hyper), {**parts, **profile}, base.card(), card, job.head)
-
+    limit = plan.settings.tokens
+    profile = Profile.of(passes.embed(base, inputs, limit)).tensors()
     data = task.card()
     card = Card(
         name=task.name,
@@ -146,8 +140,10 @@ def _finish(base: Backbone, plan: Plan, job: Job, learned: Learned) -> Adapter:
         },
         notes=tuple(notes),
     )
-    adapter = made(name, hyperparameters, kept, card)
-    probe = made("head", build("head").hyperparameters(), baseline, card)
+    adapter = Adapter(name, hyperparameters, kept | profile, base.card(), card, head)
+    if head.text and head.text.decide == "likelihood" and task.validation:
+        adapter = _with_normalisation(base, adapter, task)
+    probe = replace(adapter, method="head", hyperparameters=build("head").hyperparameters(), tensors=baseline | profile)
     scores: dict[str, ScoreCard] = {}
     for split, candidate, label in (
         ("validation", adapter, "validation"),
@@ -156,28 +152,56 @@ def _finish(base: Backbone, plan: Plan, job: Job, learned: Learned) -> Adapter:
     ):
         examples = [e for e in task.split(split) if e.output is not None]
         if examples:
-            scores[label] = measure(base, candidate, task, examples, plan.settings.limit)
-    return made(name, hyperparameters, kept, card.model_copy(update={"scores": scores}))
+            scores[label] = measure(base, candidate, task, examples, limit)
+    return replace(adapter, card=adapter.card.model_copy(update={"scores": scores}))
+
+
+def _with_normalisation(base: Backbone, adapter: Adapter, task: Task) -> Adapter:
+    """The adapter with the way of comparing options that gets most of the validation split right."""
+    assert adapter.head is not None
+    assert adapter.head.text is not None
+    engine = Engine(base, adapters=[adapter])
+    examples = [e for e in task.validation if e.output is not None]
+    wanted = [e.output for e in examples if e.output is not None]
+    way = choose_normalisation(engine.weigh([request(e, adapter) for e in examples]), wanted)
+    card = adapter.head.text.model_copy(update={"normalise": way})
+    note = f"options are compared by {way}: best on validation"
+    return replace(
+        adapter,
+        head=adapter.head.model_copy(update={"text": card}),
+        card=adapter.card.model_copy(update={"notes": (*adapter.card.notes, note)}),
+    )
+
+
+def request(example: Example, adapter: Adapter) -> Request:
+    """The example's input, to be answered by the adapter."""
+    return Request(example.input, example.pair, adapter.id, tuple(map(str, example.extra.get("options") or ())))
 
 
 def predict(base: Backbone, adapter: Adapter, examples: Sequence[Example], limit: int = 256) -> list[Output]:
     """An adapter's answers to examples, in order."""
-    engine = Engine(base, adapters=[adapter])
-    answers = engine.answer([Request(e.input, e.pair, adapter.id) for e in examples], limit)
+    return [a.output for a in _answers(base, adapter, examples, limit) if a.output is not None]
+
+
+def _answers(base: Backbone, adapter: Adapter, examples: Sequence[Example], limit: int) -> list[Answer]:
+    answers = Engine(base, adapters=[adapter]).answer([request(e, adapter) for e in examples], limit)
     missing = [e.id for e, a in zip(examples, answers, strict=True) if a.output is None]
     if missing:
         raise PolytaskError(f"no answer for {missing[0]} and {len(missing) - 1} more")
-    return [a.output for a in answers if a.output is not None]
+    return answers
 
 
 def measure(base: Backbone, adapter: Adapter, task: Task, examples: Sequence[Example], limit: int = 256) -> ScoreCard:
-    """The task's metric over labelled examples, with its 95 % bootstrap interval."""
-    found = score(task, predict(base, adapter, examples, limit), examples)
+    """The task's metric over labelled examples, with its 95 % bootstrap interval; where options were chosen from, with
+    the mean attentiveness beside it."""
+    answers = _answers(base, adapter, examples, limit)
+    found = score(task, [a.output for a in answers], examples)
+    masses = [a.mass for a in answers if a.mass is not None]
     return ScoreCard(
         metric=found.metric,
         value=found.value,
         low=found.low,
         high=found.high,
         n=found.n,
-        others=dict(found.others),
+        others=dict(found.others) | ({"attentiveness": sum(masses) / len(masses)} if masses else {}),
     )

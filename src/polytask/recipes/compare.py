@@ -22,6 +22,7 @@ from polytask.errors import PolytaskError, UsageError
 from polytask.evaluation import Comparison, Trial
 from polytask.methods import build
 from polytask.recipes.adapt import adapt
+from polytask.recipes.reading import Reading
 from polytask.tasks import Task
 from polytask.training import Event, Settings
 
@@ -39,9 +40,7 @@ def compare(
     *,
     seeds: int = 1,
     settings: Settings | None = None,
-    pool: str | None = None,
-    pair: str = "separate",
-    causal: bool = True,
+    reading: Reading | None = None,
     folder: Path | None = None,
     on_event: Callable[[Event], None] | None = None,
     on_trial: OnTrial | None = None,
@@ -57,7 +56,7 @@ def compare(
         build(method)
     if not task.test and not task.validation:
         raise PolytaskError(f"task {task.name}: no test and no validation examples to compare methods on")
-    settings = settings or Settings()
+    settings, reading = settings or Settings(), reading or Reading()
     trials = []
     for method in dict.fromkeys(methods):
         for seed in range(seeds):
@@ -65,7 +64,7 @@ def compare(
             trial = None if kept is None else _found(kept)
             new = trial is None
             if trial is None:
-                trial = _measure(base, task, method, replace(settings, seed=seed), pool, pair, causal, folder, on_event)
+                trial = _measure(base, task, method, replace(settings, seed=seed), reading, folder, on_event)
                 if kept is not None:
                     _keep(trial, kept)
             trials.append(trial)
@@ -76,7 +75,7 @@ def compare(
         task=task.card(),
         backbone=base.card(),
         precision=str(base.dtype).removeprefix("torch."),
-        settings=shared | {"pair": pair, "causal": causal} | ({"pool": pool} if pool else {}),
+        settings=shared | {name: value for name, value in vars(reading).items() if value != getattr(Reading, name)},
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         version=polytask.__version__,
         trials=tuple(trials),
@@ -88,25 +87,13 @@ def _measure(
     task: Task,
     method: str,
     settings: Settings,
-    pool: str | None,
-    pair: str,
-    causal: bool,
+    reading: Reading,
     folder: Path | None,
     on_event: Callable[[Event], None] | None,
 ) -> Trial:
     # One folder for the checkpoints of all: a checkpoint of other work in it is refused, so each has its own.
     training = None if folder is None else folder / "training" / f"{method}-{settings.seed}"
-    adapter = adapt(
-        base,
-        task,
-        method,
-        settings=settings,
-        pool=pool,
-        pair=pair,
-        causal=causal,
-        folder=training,
-        on_event=on_event,
-    )
+    adapter = adapt(base, task, method, settings=settings, reading=reading, folder=training, on_event=on_event)
     if training is not None:
         shutil.rmtree(training, ignore_errors=True)
         with suppress(OSError):

@@ -90,8 +90,8 @@ class Task:
 
     `labels` are in the order in which a head numbers its classes (span types, without B- and I-, for BIO tagging).
     `demonstrations` were set apart by the task's author to show the task, and are in no split; `negatives` show wrong
-    outputs. `notes` are what the
-    reader found or did: splits it made, duplicates between splits, rows it could not use.
+    outputs. `notes` are what the reader found or did: splits it made, duplicates between splits, rows it could not use.
+    `spans` says whether tags are BIO where no example can show it.
     """
 
     name: str
@@ -108,6 +108,7 @@ class Task:
     demonstrations: tuple[Example, ...] = ()
     negatives: tuple[Example, ...] = ()
     notes: tuple[str, ...] = ()
+    spans: bool | None = None
 
     @property
     def pair(self) -> bool:
@@ -123,8 +124,8 @@ class Task:
     @cached_property
     def bio(self) -> bool:
         """True for a tagging task whose tags are BIO. Every split counts: a few rows may hold no span at all."""
-        if self.kind != "tagging":
-            return False
+        if self.kind != "tagging" or self.spans is not None:
+            return bool(self.spans)
         examples = (*self.train, *self.validation, *self.test, *self.demonstrations)
         return any(is_bio(e.output) for e in examples if isinstance(e.output, tuple))
 

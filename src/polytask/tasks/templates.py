@@ -171,7 +171,10 @@ class SuperNI(Template):
 
         Now complete the following example -
         Input: <input>.
-        Output:␣
+        Output:
+
+    The answer follows after one space. The collator's text ends in that space; here it is the `lead`, since byte-level
+    tokenizers have it in the answer's first token.
 
     Each piece gets a full stop unless it ends in ASCII punctuation; the answer to learn gets none. The demonstrations
     are the positive examples; `negatives` of the task's wrong ones follow as "Negative Example". `explanations` are
@@ -195,7 +198,7 @@ class SuperNI(Template):
                     lines.append(_stopped(f" Explanation: {why}"))
                 pieces.append("\n".join(lines) + "\n\n")
         asked = _stopped(f"Input: {self.input(task, example)}")
-        return Prompt("".join(pieces) + f"Now complete the following example -\n{asked}\nOutput: ", None)
+        return Prompt("".join(pieces) + f"Now complete the following example -\n{asked}\nOutput:", None, lead=" ")
 
 
 @template("chat")

@@ -149,15 +149,16 @@ def _prepare(backbone: Backbone, job: Job) -> Learner:
         raise PolytaskError(f"task {task.name}: training example {unlabelled.id} has no output")
     settings = job.settings
     first = heads.start(job.head, backbone.hidden_size, settings.seed)
-    tensors = {f"head/{name}": t for name, t in first.items()} | job.method.start(backbone, settings.seed)
+    own = job.method.start(backbone, settings.seed, writing=job.head.text is not None)
+    tensors = {f"head/{name}": t for name, t in first.items()} | own
     weights = None
-    if settings.balanced and job.head.targets:
+    if settings.balanced and job.head.targets and not job.head.text:
         weights = heads.class_weights(job.head, [e.output for e in task.train if e.output is not None])
     return Learner(
         job=job,
-        units=passes.encode(backbone, job.head, task.train, settings.limit),
-        targets=[heads.encode(job.head, e.output) for e in task.train],
-        held=passes.encode(backbone, job.head, task.validation, settings.limit),
+        units=passes.encode(backbone, job.head, task.train, settings.tokens),
+        targets=[] if job.head.text else [heads.encode(job.head, e.output) for e in task.train],
+        held=passes.encode(backbone, job.head, task.validation, settings.tokens),
         tensors={name: t.to(backbone.device) for name, t in tensors.items()},
         class_weights=None if weights is None else weights.to(backbone.device),
     )
@@ -165,7 +166,10 @@ def _prepare(backbone: Backbone, job: Job) -> Learner:
 
 def _targets(learner: Learner, members: Sequence[int]) -> Tensor:
     """The targets of some training examples, in the shape of their logits."""
-    if learner.job.head.kind == "tagging":
+    reads = learner.job.head.reads
+    if reads == "answer":
+        return torch.tensor([token for i in members for token in learner.units[i].target or ()])
+    if reads == "words":
         rows = zip((learner.targets[i] for i in members), (learner.units[i].starts or () for i in members), strict=True)
         found = [tag for tags, starts in rows for tag, at in zip(tags, starts, strict=True) if at >= 0]
     else:
@@ -176,8 +180,15 @@ def _targets(learner: Learner, members: Sequence[int]) -> Tensor:
 
 @torch.no_grad()
 def _probe(backbone: Backbone, learner: Learner) -> None:
-    """Fit the head on frozen features: the baseline, and where training starts."""
+    """Fit the head on frozen features: the baseline, and where training starts. Where answers are in text, what the
+    backbone alone makes of them."""
     head = learner.job.head
+    if head.text:
+        seat = Seat(head, {})
+        log_p = passes.logprobs(Plan(backbone, []), [seat], learner.held, [0] * len(learner.held))
+        learner.probe = learner.best = _fit(log_p)
+        learner.best_tensors = {name: t.clone() for name, t in learner.tensors.items()}
+        return
     q = learner.tensors.get("head/q")
     joined = torch.stack if head.kind != "tagging" else torch.cat
     φ = joined(passes.features(backbone, head, learner.units, q))
@@ -211,6 +222,11 @@ def _probe(backbone: Backbone, learner: Learner) -> None:
     learner.best_tensors = {n: t.clone() for n, t in (learner.tensors | learner.probe_tensors).items()}
     softer = SOFTER if head.targets else 1.0
     learner.tensors |= {name: softer * t for name, t in learner.probe_tensors.items()}
+
+
+def _fit(log_p: Sequence[Tensor]) -> float:
+    """How well answers are predicted: the geometric mean of their tokens' probabilities, exp(−loss)."""
+    return math.exp(float(torch.cat([*log_p]).mean())) if log_p else 0.0
 
 
 def _score(learner: Learner, outputs: Sequence[Any]) -> float:
@@ -293,14 +309,14 @@ class Loop:
             which += [s] * len(mine)
             index += mine
             learner.losses.append(0.0)
-        for pack in passes.schedule(seats, units, which):
+        for pack in passes.schedule(seats, units, which, packable=self.backbone.packable):
             total = torch.zeros((), device=self.backbone.device)
             for s, members, z in passes.forward(
                 plan, seats, [units[i] for i in pack], [which[i] for i in pack], self.start
             ):
                 learner = active[s]
                 y = _targets(learner, [index[pack[j]] for j in members]).to(z.device)
-                if learner.job.head.kind == "tagging":
+                if learner.job.head.reads == "words":
                     z, y = z[y != heads.IGNORED], y[y != heads.IGNORED]
                 loss = heads.losses(learner.job.head, z, y, learner.class_weights).sum() / count[s]
                 learner.losses[-1] += float(loss.detach())
@@ -310,7 +326,7 @@ class Loop:
             self._update(learner)
 
     def _loss_terms(self, learner: Learner, batch: Sequence[int]) -> int:
-        if learner.job.head.kind != "tagging":
+        if learner.job.head.reads == "sequence":
             return len(batch)
         return max(1, int((_targets(learner, batch) != heads.IGNORED).sum()))
 
@@ -366,14 +382,10 @@ class Loop:
     def _evaluate(self, learners: list[Learner]) -> None:
         plan, seats = self._plan(learners, training=False)
         began = time.perf_counter()
-        units = [unit for learner in learners for unit in learner.held]
-        which = [s for s, learner in enumerate(learners) for _ in learner.held]
-        answers = iter(passes.answer(plan, seats, units, which))
-        found = [[next(answers)[0] for _ in learner.held] for learner in learners]
+        values = self._values(learners, plan, seats)
         spent = time.perf_counter() - began
-        for learner, outputs in zip(learners, found, strict=True):
+        for learner, value in zip(learners, values, strict=True):
             learner.seconds += spent / len(learners)
-            value = _score(learner, outputs)
             recent = learner.losses[-learner.steps_an_epoch :]
             learner.losses = recent
             loss = sum(recent) / len(recent)
@@ -391,6 +403,20 @@ class Loop:
             if learner.done:
                 self.tell(Event("done", i, learner.step, learner.steps, epoch, loss, learner.best, learner.seconds))
 
+    def _values(self, learners: list[Learner], plan: Plan, seats: list[Seat]) -> list[float]:
+        """Each learner's validation score; of answers in text, how well they are predicted, which needs no writing."""
+        values = [0.0] * len(learners)
+        for written in (False, True):
+            mine = [s for s, learner in enumerate(learners) if (learner.job.head.text is not None) == written]
+            units = [unit for s in mine for unit in learners[s].held]
+            which = [s for s in mine for _ in learners[s].held]
+            find: Callable[..., list[Any]] = passes.logprobs if written else passes.answer
+            found = iter(find(plan, seats, units, which))
+            for s in mine:
+                own = [next(found) for _ in learners[s].held]
+                values[s] = _fit(own) if written else _score(learners[s], [output for output, _ in own])
+        return values
+
     @property
     def _rank(self) -> int:
         return self.accelerator.process_index if self.accelerator is not None else 0
@@ -401,7 +427,8 @@ class Loop:
 
     def _first_block(self) -> int:
         """The first block that holds a trained site of any job, if all below it can be computed once."""
-        if not self.backbone.resumable:
+        writing = any(learner.job.head.text for learner in self.learners)
+        if not self.backbone.resumable or (writing and self.backbone.kind == "encoder-decoder"):
             return 0
         prefix = "enc." if self.backbone.kind == "encoder-decoder" else ""
         lowest = len(self.backbone.blocks) - 1

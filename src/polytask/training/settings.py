@@ -20,7 +20,8 @@ class Settings:
     (None: about 400 steps' worth, from 5 to 20). batch: examples a step. warmup: share of the steps over which the
     rate rises, before it falls to zero in a straight line. weight_decay: AdamW's, on the method's tensors. clip:
     largest gradient norm. patience: evaluations without a better validation score before it stops. balanced: weigh
-    classes by their rarity. limit: tokens a text is cut to.
+    classes by their rarity. limit: tokens a text is cut to (None: 256, and 512
+    for a prompt with its answer).
     """
 
     lr: float | None = None
@@ -32,7 +33,7 @@ class Settings:
     clip: float = 1.0
     patience: int = 5
     balanced: bool = False
-    limit: int = 256
+    limit: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -45,6 +46,11 @@ class Settings:
     def rounds(self, steps: int) -> int:
         """How many epochs of so many steps."""
         return self.epochs if self.epochs is not None else min(20, max(5, round(400 / steps)))
+
+    @property
+    def tokens(self) -> int:
+        """What a text that a head reads is cut to."""
+        return self.limit or 256
 
     def rate(self, method: str) -> float:
         return self.lr if self.lr is not None else LEARNING_RATES.get(method, 1e-3)

@@ -1,0 +1,147 @@
+"""Answers in text: written, or the most probable of those that there are.
+
+A choice by likelihood compares options y for an input x, with p(y | x) = Π_t p(y_t | x, y_<t) over the option's tokens:
+
+    raw      log p(y | x)
+    length   log p(y | x) / |y|                      per token (Brown et al. 2020, arXiv 2005.14165)
+    pmi      log p(y | x) − log p(y | ∅)             without the input (Holtzman et al. 2021, arXiv 2104.08315)
+
+How much of the probability falls on the options at all is the model's attentiveness, Σ_y p(y | x): low where it would
+rather write something else. More of it does not mean more right answers (Wiegreffe, Finlayson, Tafjord, Clark,
+Sabharwal 2023, arXiv 2305.14596), so it is shown and decides nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from polytask.adapters import TextCard
+from polytask.backbones import text
+from polytask.inference.generation import Prompt, Sampling, generate
+from polytask.methods import passes
+from polytask.methods.lifting import Plan
+from polytask.methods.passes import Seat, Unit
+from polytask.tasks import Example
+from polytask.tasks.task import Output
+
+NORMALISATIONS: tuple[str, ...] = get_args(TextCard.model_fields["normalise"].annotation)
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer: its probability (of the whole text; among the options where it was chosen), what was written, and the
+    attentiveness of a choice."""
+
+    output: Output
+    probability: float
+    written: str
+    mass: float | None = None
+
+
+def say(
+    plan: Plan,
+    seats: Sequence[Seat],
+    examples: Sequence[Example],
+    sampling: Mapping[int, Sampling] | None = None,
+) -> list[Said]:
+    """The answer of `seats[i]` to `examples[i]`; `sampling` has other rules for some of those that write."""
+    found: dict[int, Said] = {}
+    writing = [i for i, seat in enumerate(seats) if seat.head.text and seat.head.text.decide == "write"]
+    prompts = []
+    for i in writing:
+        prompt = text.ask(seats[i].head, replace(examples[i], output=None))
+        [asked] = text.encode(plan.backbone, seats[i].head, [prompt])
+        rule = (sampling or {}).get(i) or rule_of(seats[i])
+        prompts.append(Prompt(asked.ids, seats[i].weights, rule, asked.lead))
+    for i, written in zip(writing, generate(plan, prompts), strict=True):
+        output = text.answer(seats[i].head, written.text, examples[i])
+        found[i] = Said(output, math.exp(written.logprob), written.text)
+    choosing = [i for i in range(len(seats)) if i not in set(writing)]
+    likelihoods = weigh(plan, [seats[i] for i in choosing], [examples[i] for i in choosing])
+    for i, options in zip(choosing, likelihoods, strict=True):
+        card = seats[i].head.text
+        found[i] = options.best(card.normalise if card else "raw")
+    return [found[i] for i in range(len(seats))]
+
+
+def rule_of(seat: Seat) -> Sampling:
+    """How a seat's answers are written: greedily, as long as its card says."""
+    card = seat.head.text
+    assert card is not None
+    return Sampling(max_tokens=card.max_tokens, stop=card.stop)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of one input: log p(y | x) and log p(y | ∅) [options], and how many tokens each has."""
+
+    names: tuple[str, ...]
+    log_p: Tensor
+    log_p_alone: Tensor
+    tokens: Tensor
+
+    def scores(self, normalise: str) -> Tensor:
+        """What the options are compared by [options]."""
+        if normalise == "length":
+            return self.log_p / self.tokens
+        return self.log_p - self.log_p_alone if normalise == "pmi" else self.log_p
+
+    @property
+    def mass(self) -> float:
+        """Attentiveness: the probability of all options together."""
+        return float(self.log_p.exp().sum())
+
+    def best(self, normalise: str) -> Said:
+        p = self.scores(normalise).softmax(-1)
+        i = int(p.argmax())
+        return Said(self.names[i], float(p[i]), self.names[i], self.mass)
+
+
+def weigh(plan: Plan, seats: Sequence[Seat], examples: Sequence[Example]) -> list[Options]:
+    """The likelihoods of each example's options under its seat, with and without its input."""
+    names = [text.options(seat.head, e) for seat, e in zip(seats, examples, strict=True)]
+    rows = [
+        (i, replace(asked, output=name))
+        for i, example in enumerate(examples)
+        for asked in (example, replace(example, input="", pair="" if example.pair is not None else None))
+        for name in names[i]
+    ]
+    # Without the input, many rows are the same question.
+    unique: dict[tuple[int, str, str], int] = {}
+    where: list[int] = []
+    units: list[Unit] = []
+    which: list[int] = []
+    numbers: dict[int, int] = {}
+    for i, example in rows:
+        prompt = text.ask(seats[i].head, example)
+        seat = numbers.setdefault(id(seats[i]), i)
+        key = (seat, prompt.text, prompt.target)
+        if key not in unique:
+            unique[key] = len(units)
+            units += passes.answered(plan.backbone, text.encode(plan.backbone, seats[i].head, [prompt]))
+            which.append(seat)
+        where.append(unique[key])
+    log_p = passes.logprobs(plan, seats, units, which)
+    sums = iter(log_p[at].sum() for at in where)
+    sizes = iter(len(log_p[at]) for at in where)
+    found = []
+    for own in names:
+        given, alone = (torch.stack([next(sums) for _ in own]) for _ in range(2))
+        tokens = torch.tensor([next(sizes) for _ in range(2 * len(own))][: len(own)])
+        found.append(Options(own, given, alone, tokens))
+    return found
+
+
+def choose_normalisation(options: Sequence[Options], answers: Sequence[Output]) -> str:
+    """The way of comparing options that gets most of these answers right; the simplest of several."""
+    right = {
+        way: sum(one.best(way).output == answer for one, answer in zip(options, answers, strict=True))
+        for way in NORMALISATIONS
+    }
+    return max(NORMALISATIONS, key=lambda way: right[way])
