@@ -17,13 +17,16 @@ __version__ = "0.1.0"
 # What a newcomer needs, by the module it lives in. Imported when first asked for, so that `import polytask` is fast.
 _HOMES = {
     "Adapter": "polytask.adapters",
+    "Ask": "polytask.inference",
     "Backbone": "polytask.backbones",
     "Engine": "polytask.inference",
     "Example": "polytask.tasks",
     "Library": "polytask.skills",
     "Mixture": "polytask.composition",
     "PolytaskError": "polytask.errors",
+    "Reading": "polytask.recipes",
     "Request": "polytask.inference",
+    "Sampling": "polytask.inference",
     "Settings": "polytask.training",
     "Task": "polytask.tasks",
     "UsageError": "polytask.errors",
@@ -39,8 +42,9 @@ if TYPE_CHECKING:
     from polytask.backbones import Backbone, load
     from polytask.composition import Mixture, mix
     from polytask.errors import PolytaskError, UsageError
-    from polytask.inference import Engine, Request
+    from polytask.inference import Ask, Engine, Request, Sampling
     from polytask.recipes.adapt import adapt, adapt_many
+    from polytask.recipes.reading import Reading
     from polytask.skills import Library
     from polytask.tasks import Example, Task
     from polytask.training import Settings

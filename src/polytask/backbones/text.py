@@ -107,17 +107,14 @@ def encode(backbone: Backbone, head: HeadCard, prompts: Sequence[Prompt]) -> lis
 
     A prompt that is too long loses its middle; the answer is cut at its end, and then has no end token.
     """
-    if not prompts:
-        return []
-    tokenizer = backbone.tokenizer
-    texts = [_said(backbone, p) for p in prompts]
-    asked = [_without_end(backbone, ids) for ids in tokenizer([t for t, _ in texts], **_PLAIN)["input_ids"]]
     limit = min(_card(head).limit, backbone.max_length)
     found = []
-    for prompt, (text, lead), ids in zip(prompts, texts, asked, strict=True):
+    for prompt in prompts:
+        text, lead, written = _said(backbone, prompt)
+        ids = prompt_ids(backbone, text, chat=written)
         target = None
         if prompt.answer is not None:
-            target = target_ids(backbone, text, lead + prompt.answer, ids)[: max(1, limit // 2)]
+            target = target_ids(backbone, text, lead + prompt.answer, ids, chat=written)[: max(1, limit // 2)]
         taken = len(target) if target is not None else _card(head).max_tokens
         room = limit if backbone.kind == "encoder-decoder" else limit - taken
         found.append(Asked(_shortened(ids, max(1, room)), target, lead))
@@ -127,22 +124,35 @@ def encode(backbone: Backbone, head: HeadCard, prompts: Sequence[Prompt]) -> lis
 _PLAIN: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
 
 
-def _said(backbone: Backbone, prompt: Prompt) -> tuple[str, str]:
-    """The prompt's text and what stands between it and the answer; turns as the tokenizer's chat template has them."""
+def _said(backbone: Backbone, prompt: Prompt) -> tuple[str, str, bool]:
+    """The prompt's text, what stands between it and the answer, and whether it is the tokenizer's chat template that
+    wrote it."""
     if prompt.turns and getattr(backbone.tokenizer, "chat_template", None):
-        text = backbone.tokenizer.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
-        return text, ""
-    return prompt.text, prompt.lead
+        return conversation(backbone, prompt.messages), "", True
+    return prompt.text, prompt.lead, False
 
 
-def target_ids(backbone: Backbone, text: str, said: str, asked: list[int]) -> list[int]:
-    """The answer's tokens as they stand in the whole text, and the one that ends it."""
+def conversation(backbone: Backbone, messages: Sequence[Mapping[str, str]]) -> str:
+    """Turns (`role`, `content`) as the tokenizer's chat template writes them, up to where the answer begins.
+
+    Raises UsageError where the tokenizer has no chat template.
+    """
+    if not getattr(backbone.tokenizer, "chat_template", None):
+        raise UsageError(f"{backbone.name} has no chat template; give the prompt as one text")
+    turns = [dict(turn) for turn in messages]
+    said: str = backbone.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return said
+
+
+def target_ids(backbone: Backbone, text: str, said: str, asked: list[int], *, chat: bool = False) -> list[int]:
+    """The tokens of the answer `said` as they stand in the whole text, and the one that ends it; `asked` are the
+    prompt's."""
     tokenizer = backbone.tokenizer
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if backbone.kind == "encoder-decoder":
         ids: list[int] = tokenizer(text_target=said.lstrip(), **_PLAIN)["input_ids"]
         return ids if ids[-1:] == end else ids + end
-    whole = _without_end(backbone, tokenizer(text + said, **_PLAIN)["input_ids"])
+    whole = prompt_ids(backbone, text + said, chat=chat)
     if whole[: len(asked)] == asked and len(whole) > len(asked):
         return whole[len(asked) :] + end
     # A token of the whole text goes over the seam; alone the model would never have been asked that way.
@@ -150,15 +160,12 @@ def target_ids(backbone: Backbone, text: str, said: str, asked: list[int]) -> li
     return alone + end
 
 
-def prompt_ids(backbone: Backbone, text: str) -> list[int]:
-    """A prompt's tokens."""
-    return _without_end(backbone, backbone.tokenizer(text, **_PLAIN)["input_ids"])
-
-
-def _without_end(backbone: Backbone, ids: list[int]) -> list[int]:
-    """A decoder goes on from its prompt, so an end token that the tokenizer puts there goes."""
+def prompt_ids(backbone: Backbone, text: str, *, chat: bool = False) -> list[int]:
+    """A prompt's tokens. A `chat` template writes special tokens itself, so the tokenizer adds none; and a decoder goes
+    on from its prompt, so an end token that the tokenizer puts there goes."""
+    ids: list[int] = backbone.tokenizer(text, add_special_tokens=not chat, **_PLAIN)["input_ids"]
     end = backbone.tokenizer.eos_token_id
-    if backbone.kind == "decoder" and len(ids) > 1 and ids[-1] == end:
+    if backbone.kind == "decoder" and not chat and len(ids) > 1 and ids[-1] == end:
         return ids[:-1]
     return ids or [end if end is not None else 0]
 

@@ -1,5 +1,6 @@
 """Answers from one resident backbone."""
 
-from polytask.inference.engine import Answer, Engine, Request
+from polytask.inference.engine import Answer, Ask, Engine, Request
+from polytask.inference.generation import Sampling, Written
 
-__all__ = ["Answer", "Engine", "Request"]
+__all__ = ["Answer", "Ask", "Engine", "Request", "Sampling", "Written"]

@@ -264,7 +264,8 @@ class Engine:
             plan, prompts = self._prompts(asks)
             asked = []
             for ask, prompt, answer in zip(asks, prompts, answers, strict=True):
-                target = text.target_ids(self.backbone, self._text(ask), answer, list(prompt.ids))
+                chat = not isinstance(ask.prompt, str)
+                target = text.target_ids(self.backbone, self._text(ask), answer, list(prompt.ids), chat=chat)
                 asked.append(text.Asked(list(prompt.ids), target if end else target[:-1] or target))
             seats = [Seat(WRITER, {}, prompt.weights) for prompt in prompts]
             return passes.logprobs(plan, seats, passes.answered(self.backbone, asked), range(len(asks)))
@@ -274,19 +275,12 @@ class Engine:
         order, plan = self._planned(who)
         prompts = []
         for ask, weights in zip(asks, who, strict=True):
-            ids = text.prompt_ids(self.backbone, self._text(ask))
+            ids = text.prompt_ids(self.backbone, self._text(ask), chat=not isinstance(ask.prompt, str))
             prompts.append(Prompt(ids, _row(weights, order), ask.sampling))
         return plan, prompts
 
     def _text(self, ask: Ask) -> str:
-        if isinstance(ask.prompt, str):
-            return ask.prompt
-        if not getattr(self.backbone.tokenizer, "chat_template", None):
-            raise UsageError(f"{self.backbone.name} has no chat template; give the prompt as one text")
-        said: str = self.backbone.tokenizer.apply_chat_template(
-            [dict(turn) for turn in ask.prompt], tokenize=False, add_generation_prompt=True
-        )
-        return said
+        return ask.prompt if isinstance(ask.prompt, str) else text.conversation(self.backbone, ask.prompt)
 
     def _planned(self, who: Sequence[Mapping[str, float]]) -> tuple[list[str], Plan]:
         """The ids of all adapters that someone gives a weight, in order, and their plan."""

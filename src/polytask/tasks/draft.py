@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 from polytask.errors import PolytaskError, UsageError
 from polytask.tasks.kinds import check_bio, guess_kind, label_names, to_example
@@ -12,6 +13,8 @@ from polytask.tasks.scorers import default_metric, metric_name
 from polytask.tasks.splits import leaks, make_splits
 from polytask.tasks.tables import Row, listed, near
 from polytask.tasks.task import KINDS, SPLITS, Example, Kind, Label, Task, is_bio
+
+SHORT = 4  # words of an answer that can be expected word for word
 
 
 @dataclass
@@ -173,12 +176,16 @@ def _label_notes(splits: dict[str, tuple[Example, ...]], kind: Kind) -> list[str
     return notes
 
 
-def _metric(draft: Draft, kind: Kind, asked: str | None, examples: Iterable[Example], notes: list[str]) -> str:
+def _metric(draft: Draft, kind: Kind, asked: str | None, examples: Sequence[Example], notes: list[str]) -> str:
     if asked:
         return metric_name(asked, kind)
     usual = default_metric(kind)
     if kind == "tagging" and not is_bio(tag for e in examples if isinstance(e.output, tuple) for tag in e.output):
         usual = "token_accuracy"
+    if kind == "generation":
+        texts = [str(e.output[0] if isinstance(e.output, tuple) else e.output) for e in examples if e.output]
+        # Nobody writes a sentence word for word as the reference has it.
+        usual = "rouge_l" if texts and median(len(text.split()) for text in texts) > SHORT else usual
     if not draft.metric:
         return usual
     try:

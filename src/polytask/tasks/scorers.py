@@ -8,14 +8,14 @@ a resample costs one row of a matrix product and no call of the reference librar
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from polytask.errors import PolytaskError, UsageError
-from polytask.tasks.resampling import Floats, Measured, ratio
+from polytask.tasks.resampling import Floats, Measured, draws, ratio
 from polytask.tasks.tables import near
 from polytask.tasks.task import Example, Kind, Output, Task
 from polytask.tasks.text_scorers import written
@@ -72,7 +72,6 @@ _DEFAULTS: dict[str, str] = {
     "generation": "exact_match",
     "choice": "accuracy",
 }
-_CELLS = 4_000_000  # weights that a block of resamples may hold: 32 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +144,7 @@ def score(
     if task.kind == "generation":
         values, resample = written(task, predicted, examples, wanted)
     else:
-        values, resample = _MEASURES[task.kind](task, predicted, examples)
+        values, resample = MEASURES[task.kind](task, predicted, examples)
     for name in wanted:
         if name not in values or name not in METRICS:
             fit = ", ".join(name for name, kinds in METRICS.items() if task.kind in kinds)
@@ -154,20 +153,11 @@ def score(
         value = values.pop(metric)
         return Score(metric, value, value, value, len(examples), values)
     rng = np.random.default_rng(seed)
-    drawn = np.concatenate([resample[metric](w) for w in _weights(rng, len(examples), resamples)])
+    drawn = np.concatenate([resample[metric](w) for w in draws(rng, len(examples), resamples)])
     low, high = np.percentile(drawn, [2.5, 97.5])
     value = values.pop(metric)
     # Resampling a macro F1 loses rare labels, which can push the whole interval to one side of its own value.
     return Score(metric, value, min(float(low), value), max(float(high), value), len(examples), values)
-
-
-def _weights(rng: np.random.Generator, n: int, resamples: int) -> Iterator[Floats]:
-    """How often each of `n` examples is drawn, (resamples, n), in blocks that fit in memory."""
-    block = max(1, _CELLS // n)
-    for start in range(0, resamples, block):
-        rows = min(block, resamples - start)
-        drawn = rng.integers(0, n, (rows, n)) + np.arange(rows)[:, None] * n
-        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
 
 
 def _labelled(task: Task, predicted: Sequence[Any], examples: Sequence[Example]) -> Measured:
@@ -300,7 +290,7 @@ def _correlation(w: Floats, x: Floats, y: Floats) -> Floats:
     return r
 
 
-_MEASURES: dict[str, Callable[[Task, Sequence[Any], Sequence[Example]], Measured]] = {
+MEASURES: dict[str, Callable[[Task, Sequence[Any], Sequence[Example]], Measured]] = {
     "classification": _labelled,
     "multilabel": _labelled,
     "choice": _labelled,
