@@ -138,7 +138,10 @@ WRONG_OPTIONS = {
     "a pooling": (["--pool", "median"], ["'median'", "attention"]),
     "a pair mode": (["--pair-mode", "both"], ["'both'", "joint"]),
     "a backbone": (["--base", "./nowhere"], ["./nowhere", "config.json"]),
-    "an encoder that cannot write": (["--kind", "generation", "--base", "minilm"], ["minilm", "cannot write", "--base"]),
+    "an encoder that cannot write": (
+        ["--kind", "generation", "--base", "minilm"],
+        ["minilm", "cannot write", "--base"],
+    ),
     "head and text": (["--head", "--kind", "generation"], ["generation", "--kind"]),
     "a template": (["--text", "--template", "poem"], ["poem", "superni"]),
 }

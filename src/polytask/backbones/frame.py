@@ -166,6 +166,7 @@ class Frame:
             self._join_cross(new.cross, new.cross_mask)
         self._lay()
 
+    @torch.no_grad()
     def step(self, tokens: Tensor, changes: Mapping[str, Change] | None = None) -> Tensor:
         """Last hidden states [S, d] after each row's next token [S]. With the `changes` of the adapters that act
         (`Acting.changes`), a model of the right shape takes the lean way."""
@@ -197,7 +198,7 @@ class Frame:
                 input_ids=tokens[:, None],
                 attention_mask=mask,
                 # Its keys and values are in the cache: only the shape is looked at.
-                encoder_hidden_states=self._cross_mask.new_empty((self.rows, self._cross_mask.shape[1], 1)).float(),
+                encoder_hidden_states=self._cross_mask[:, :, None].to(self.backbone.dtype),
                 encoder_attention_mask=self._cross_mask.long(),
                 past_key_values=EncoderDecoderCache(cache, cross),
                 use_cache=True,

@@ -112,10 +112,12 @@ def encode(backbone: Backbone, head: HeadCard, prompts: Sequence[Prompt]) -> lis
     for prompt in prompts:
         text, lead, written = _said(backbone, prompt)
         ids = prompt_ids(backbone, text, chat=written)
+        if backbone.kind == "encoder-decoder":
+            lead = ""  # a decoder of its own begins with the answer
         target = None
         if prompt.answer is not None:
             target = target_ids(backbone, text, lead + prompt.answer, ids, chat=written)[: max(1, limit // 2)]
-        taken = len(target) if target is not None else _card(head).max_tokens
+        taken = len(target) if target is not None else min(_card(head).max_tokens, limit // 2)
         room = limit if backbone.kind == "encoder-decoder" else limit - taken
         found.append(Asked(_shortened(ids, max(1, room)), target, lead))
     return found

@@ -193,7 +193,7 @@ class PolytaskLM(api.TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             unit = self._unit(context, continuation)
             key = (tuple(unit.ids[0]), tuple(unit.written or ()))
             owners.setdefault(key, []).append(i)
-            if key not in rows or rows[key].read < unit.read:
+            if key not in rows or len(rows[key].at) < len(unit.at):
                 rows[key] = unit
         asked, units = list(owners.values()), list(rows.values())
         seat, which = Seat(WRITER, {}, self._row), [0] * len(units)
@@ -203,7 +203,7 @@ class PolytaskLM(api.TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             packable = self.engine.backbone.packable
             for pack in passes.schedule([seat], units, which, packable=packable):
                 for _seat, members, z in passes.forward(self._plan, [seat], [units[i] for i in pack], [0] * len(pack)):
-                    parts = torch.split(z.log_softmax(-1), [units[pack[j]].read for j in members])
+                    parts = torch.split(z.log_softmax(-1), [len(units[pack[j]].at) for j in members])
                     for j, log_p in zip(members, parts, strict=True):
                         for i in asked[pack[j]]:
                             found[i] = _read(log_p, requests[i][2])

@@ -6,6 +6,7 @@ share passes by length; each row gets what its adapter alone would give.
 
 from __future__ import annotations
 
+import queue
 import re
 import threading
 from collections import OrderedDict
@@ -234,6 +235,8 @@ class Engine:
     def weigh(self, requests: Sequence[Request]) -> list[Options]:
         """The likelihood of each request's options, by the adapter that it names."""
         with self._lock, torch.no_grad():
+            if any(request.adapter is None for request in requests):
+                raise UsageError("name the adapter that is to weigh the options")
             who = [self._weights(r.adapter) for r in requests if r.adapter is not None]
             order, plan = self._planned([weights for weights, _ in who])
             seats, examples = [], []
@@ -251,9 +254,38 @@ class Engine:
             return generate(*self._prompts(asks))
 
     def stream(self, asks: Sequence[Ask]) -> Iterator[Piece]:
-        """The same piece by piece, as it is written; others wait until the last piece has been taken."""
-        with self._lock, torch.no_grad():
-            yield from stream(*self._prompts(asks))
+        """The same piece by piece, as it is written. Whoever takes the pieces may come from any thread, ask for other
+        things meanwhile, which are answered when the writing is over, or stop: then it ends with the next piece."""
+        pieces: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()
+        left = threading.Event()
+
+        def write() -> None:
+            # Hooks, lock and grad mode belong to one thread, which is not the one that takes the pieces.
+            while not self._lock.acquire(timeout=0.05):
+                if left.is_set():
+                    return
+            try:
+                with torch.no_grad():
+                    for piece in stream(*self._prompts(asks)):
+                        if left.is_set():
+                            return
+                        pieces.put(piece)
+                pieces.put(None)
+            except BaseException as error:  # raised again where the pieces are taken
+                pieces.put(error)
+            finally:
+                self._lock.release()
+
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            left.set()
+            writer.join()
 
     def logprobs(self, asks: Sequence[Ask], answers: Sequence[str], *, end: bool = True) -> list[Tensor]:
         """log p of each token of `answers[i]` [tokens] after `asks[i]`, and of the token that ends it unless not `end`.
@@ -266,9 +298,21 @@ class Engine:
             for ask, prompt, answer in zip(asks, prompts, answers, strict=True):
                 chat = not isinstance(ask.prompt, str)
                 target = text.target_ids(self.backbone, self._text(ask), answer, list(prompt.ids), chat=chat)
-                asked.append(text.Asked(list(prompt.ids), target if end else target[:-1] or target))
+                if not end and len(target) > 1 and target[-1] == self.backbone.tokenizer.eos_token_id:
+                    target = target[:-1]
+                self._fits(len(prompt.ids), len(target))
+                asked.append(text.Asked(list(prompt.ids), target))
             seats = [Seat(WRITER, {}, prompt.weights) for prompt in prompts]
             return passes.logprobs(plan, seats, passes.answered(self.backbone, asked), range(len(asks)))
+
+    def _fits(self, prompt: int, answer: int) -> None:
+        """Raise UsageError where a prompt and an answer of so many tokens have no positions."""
+        longest = prompt + answer - 1 if self.backbone.kind == "decoder" else max(prompt, answer)
+        if longest > self.backbone.max_length:
+            raise UsageError(
+                f"a prompt of {prompt} tokens and an answer of {answer}: {self.backbone.name} has "
+                f"{self.backbone.max_length} positions; shorten it"
+            )
 
     def _prompts(self, asks: Sequence[Ask]) -> tuple[Plan, list[Prompt]]:
         who = [{} if ask.adapter is None else self._weights(ask.adapter)[0] for ask in asks]

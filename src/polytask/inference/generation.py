@@ -49,7 +49,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise UsageError(f"max_tokens = {self.max_tokens}: at least 1 is needed")
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise UsageError(f"temperature = {self.temperature}: 0 or more is needed")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p = {self.top_p}: more than 0 and at most 1 is needed")
@@ -120,7 +120,7 @@ def stream(
     for i, prompt in enumerate(prompts):
         if not len(prompt.ids):
             raise UsageError(f"prompt {i} has no tokens")
-        if plan.backbone.kind == "decoder" and len(prompt.ids) >= plan.backbone.max_length:
+        if len(prompt.ids) > plan.backbone.max_length - (plan.backbone.kind == "decoder"):
             raise UsageError(
                 f"prompt {i} has {len(prompt.ids)} tokens, and {plan.backbone.name} has {plan.backbone.max_length} "
                 "positions for it and its answer; shorten it"
@@ -171,19 +171,21 @@ class _Writer:
 
     def run(self) -> Iterator[Piece]:
         first = self.weights[list(self.waiting)[:1]]
-        with torch.no_grad(), attending(self.backbone.model), self.plan.acting(first) as acting:
+        with attending(self.backbone.model), self.plan.acting(first) as acting:
             self.frame = Frame(self.backbone)  # here, where changed weights are in their places
             hidden = torch.empty(0)
             while self.waiting or self.rows:
                 if self.waiting and 4 * len(self.rows) <= 3 * self.places:
                     hidden = self._admit(acting, hidden)
-                tokens, logprobs = self._choose(unembed(self.backbone, hidden))
+                tokens, logprobs = self._choose(hidden)
                 for place, row in enumerate(self.rows):
                     if not row.over:
                         yield self._piece(row, tokens[place], logprobs[place])
-                # Taking rows out copies the rest, so it is done for several at once.
+                # Taking rows out copies the rest, so it is done for several at once, and before one that is over
+                # comes to the end of the model's positions.
                 over = sum(row.over for row in self.rows)
-                if over == len(self.rows) or over >= max(1, self.places // 8):
+                full = self.frame.end >= self.backbone.max_length - 1
+                if over == len(self.rows) or over >= max(1, self.places // 8) or (over and full):
                     tokens = self._leave(tokens)
                     acting.mix = self._mix()
                 if self.rows:
@@ -197,6 +199,7 @@ class _Writer:
         self.frame.keep(torch.tensor(left, dtype=torch.long, device=self.backbone.device))
         return [tokens[place] for place in left]
 
+    @torch.no_grad()
     def _admit(self, acting: Acting, hidden: Tensor) -> Tensor:
         """Read as many waiting prompts as there are places; next-token states of all rows."""
         count = min(len(self.waiting), self.places - len(self.rows))
@@ -240,8 +243,10 @@ class _Writer:
             guide = self.guides.open(prompt.sampling.constraint, prompt.lead)
         return _Row(i, prompt, self.backbone.max_length - used, guide)
 
-    def _choose(self, logits: Tensor) -> tuple[list[int], list[float]]:
-        """Each row's next token from logits [S, V], and its log-probability."""
+    @torch.no_grad()
+    def _choose(self, hidden: Tensor) -> tuple[list[int], list[float]]:
+        """Each row's next token from last hidden states [S, d], and its log-probability."""
+        logits = unembed(self.backbone, hidden)
         total = logits.logsumexp(-1)
         allowed = logits
         if any(row.guide for row in self.rows):
@@ -292,7 +297,8 @@ def decoder(tokenizer: Any) -> Callable[[list[int]], str]:
 def settled(text: str, stop: Sequence[str]) -> int:
     """How many letters of a text that is being written will not change: not those of a half-written letter, nor of
     what may become a stop text."""
-    upto = len(text.rstrip("\ufffd"))
+    text = text.rstrip("\ufffd")
+    upto = len(text)
     for end in stop:
         for size in range(min(len(end) - 1, len(text)), 0, -1):
             if text.endswith(end[:size]):
@@ -304,15 +310,18 @@ def settled(text: str, stop: Sequence[str]) -> int:
 def sample(logits: Tensor, top_p: Tensor, u: Tensor) -> Tensor:
     """A token of each row [S] from logits [S, V], by uniform numbers u [S] in [0, 1).
 
-    The first token, from the most probable on, at which the sum of the nucleus's probabilities exceeds u.
+    The nucleus is the fewest most probable tokens whose probabilities sum to top_p or more. The first token of it in
+    the vocabulary's order at which their sum exceeds u of the whole is drawn, so that tokens of nearly equal
+    probability do not change places when other rows are there.
     """
-    p, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    before = p.cumsum(-1) - p
-    p = p.masked_fill(before >= top_p[:, None], 0.0)
-    p[:, 0].clamp_(min=torch.finfo(p.dtype).tiny)
+    p = logits.softmax(-1)
+    if bool((top_p < 1).any()):
+        ranked, order = p.sort(dim=-1, descending=True, stable=True)
+        inside = ranked.cumsum(-1) - ranked < top_p[:, None]
+        inside[:, 0] = True
+        p = p * torch.zeros_like(inside).scatter(1, order, inside)
     total = p.cumsum(-1)
-    at = (total <= u[:, None] * total[:, -1:]).sum(-1).clamp(max=p.shape[1] - 1)
-    return order.gather(1, at[:, None])[:, 0]
+    return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0].clamp(max=p.shape[1] - 1)
 
 
 def ends(backbone: Backbone) -> frozenset[int]:

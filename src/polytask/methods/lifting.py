@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polytask.backbones import Backbone, Batch, Site
+from polytask.backbones.frame import unembed
 from polytask.errors import PolytaskError
 from polytask.methods.method import Method, Params
 
@@ -112,6 +113,29 @@ class Plan:
             out = out.index_copy(0, index, states)
         assert out is not None
         return out
+
+    def logits(self, batch: Batch, weights: Tensor, at: Tensor) -> Tensor:
+        """Next-token logits [N, vocabulary] at the places `at` [N, 2] (row, column) of a batch, fp32.
+
+        The language-model head is read where weights are changed too: it may be the embeddings.
+        """
+        if self.training:
+            for group in itertools.chain(*self.groups.values()):
+                group.fresh()
+        groups = self.together(weights)
+        if len(groups) == 1:
+            with self.acting(weights):
+                return unembed(self.backbone, self.backbone.hidden(batch)[at[:, 0], at[:, 1]])
+        parts, places = [], []
+        for index in groups:
+            place = torch.full((len(weights),), -1, device=at.device)
+            place[index] = torch.arange(len(index), device=at.device)
+            mine = (place[at[:, 0]] >= 0).nonzero()[:, 0]
+            with self.acting(weights[index]):
+                hidden = self.backbone.hidden(batch.rows(index))
+                parts.append(unembed(self.backbone, hidden[place[at[mine, 0]], at[mine, 1]]))
+            places.append(mine)
+        return torch.cat(parts)[torch.cat(places).argsort()]
 
     def together(self, weights: Tensor) -> list[Tensor]:
         """Which rows of weights [R, K] may share a pass, as lists of rows: those that agree on the adapters that

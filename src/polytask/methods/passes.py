@@ -9,6 +9,7 @@ that the position before it has to give.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from polytask.adapters import HeadCard
-from polytask.backbones import Backbone, heads, text
+from polytask.backbones import Backbone, Batch, heads, text
 from polytask.backbones.backbone import padded
-from polytask.backbones.frame import start_token, unembed
+from polytask.backbones.frame import start_token
 from polytask.methods.lifting import Plan
 from polytask.tasks import Example
 from polytask.tasks.task import Output
@@ -45,9 +46,9 @@ class Unit:
         return padded(max(len(row) for row in (*self.ids, self.written or ())))
 
     @property
-    def read(self) -> int:
-        """How many positions are read one by one."""
-        return sum(at >= 0 for at in self.starts or ())
+    def at(self) -> list[int]:
+        """The positions that are read one by one, without words that have none."""
+        return [at for at in self.starts or () if at >= 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,14 +183,14 @@ def forward(
     """One pass. Unit i is answered by seat `which[i]`; yields (seat, its units in order, logits) for each seat.
 
     Logits are [units, C], or [positions, C] for a head that reads words or an answer: those of its units, one after
-    another (see `positions`). `start` is the block at which cached states enter.
+    another (see `words`). `start` is the block at which cached states enter.
     """
     backbone = plan.backbone
     mine: dict[int, list[int]] = {}
     for i, seat in enumerate(which):
         mine.setdefault(seat, []).append(i)
-    if backbone.packable and seats[which[0]].head.text:
-        yield from _side_by_side(plan, seats, units, mine, which, start)
+    if seats[which[0]].head.text:
+        yield from _answers(plan, seats, units, mine, which, start)
         return
     rows: list[list[int]] = []
     states: list[Tensor] = []
@@ -206,27 +207,20 @@ def forward(
         weights.append((torch.zeros(K) if given is None else given).expand(len(rows) - begin, K))
     batch = backbone.collate(rows)
     if states:
-        stacked = torch.nn.utils.rnn.pad_sequence(states, batch_first=True).to(backbone.device)
-        stacked = torch.nn.functional.pad(stacked, (0, 0, 0, batch.ids.shape[1] - stacked.shape[1]))
-        batch = replace(batch, start=start, states=stacked)
-    if any(unit.written for unit in units):
-        order = [i for members in mine.values() for i in members]
-        batch = replace(batch, written=backbone.collate([units[i].written or [] for i in order]).ids)
+        batch = replace(batch, start=start, states=_stacked(states, batch))
     causal = seats[which[0]].head.causal
     hidden = plan.hidden(batch, torch.cat(weights).to(backbone.device), causal=causal)
     for s, members in mine.items():
         begin, end = spans[s]
         head, params = seats[s].head, seats[s].params
-        φ = hidden[begin:end]
-        if not head.text:
-            φ = heads.features(head, φ, batch.mask[begin:end], params.get("q"))
-        if head.reads != "sequence":
-            rows_of, at = positions([units[i] for i in members])
+        φ = heads.features(head, hidden[begin:end], batch.mask[begin:end], params.get("q"))
+        if head.kind == "tagging":
+            rows_of, at = words([units[i] for i in members])
             φ = φ[rows_of.to(φ.device), at.to(φ.device)]
-        yield s, members, unembed(backbone, φ) if head.text else heads.logits(dict(params), φ)
+        yield s, members, heads.logits(dict(params), φ)
 
 
-def _side_by_side(
+def _answers(
     plan: Plan,
     seats: Sequence[Seat],
     units: Sequence[Unit],
@@ -234,33 +228,41 @@ def _side_by_side(
     which: Sequence[int],
     start: int,
 ) -> Iterator[tuple[int, list[int], Tensor]]:
-    """A pass of answers in text, several in a row."""
+    """A pass of answers in text, several in a row where the backbone allows it."""
     backbone = plan.backbone
-    rows = binned([len(unit.ids[0]) for unit in units], which)
-    batch = backbone.pack([[units[i].ids[0] for i in row] for row in rows])
+    if backbone.packable:
+        rows = binned([len(unit.ids[0]) for unit in units], which)
+        batch = backbone.pack([[units[i].ids[0] for i in row] for row in rows])
+    else:
+        rows = [[i] for i in range(len(units))]
+        batch = backbone.collate([unit.ids[0] for unit in units])
+        batch = replace(batch, written=backbone.collate([unit.written or [] for unit in units]).ids)
     if units[0].states:
         joined = [torch.cat([state for i in row for state in units[i].states or ()]) for row in rows]
-        stacked = torch.nn.utils.rnn.pad_sequence(joined, batch_first=True).to(backbone.device)
-        stacked = torch.nn.functional.pad(stacked, (0, 0, 0, batch.ids.shape[1] - stacked.shape[1]))
-        batch = replace(batch, start=start, states=stacked)
+        batch = replace(batch, start=start, states=_stacked(joined, batch))
     none = torch.zeros(len(plan.adapters))
     weights = torch.stack([none if (w := seats[which[row[0]]].weights) is None else w for row in rows])
-    hidden = plan.hidden(batch, weights.to(backbone.device))
     begins: dict[int, tuple[int, int]] = {}
     for r, row in enumerate(rows):
-        at = 0
-        for i in row:
-            begins[i] = (r, at)
-            at += len(units[i].ids[0])
-    for s, members in mine.items():
-        read = [(begins[i][0], begins[i][1] + at) for i in members for at in units[i].starts or ()]
-        index = torch.tensor(read, dtype=torch.long, device=hidden.device).reshape(-1, 2)
-        yield s, [*members], unembed(backbone, hidden[index[:, 0], index[:, 1]])
+        ends = itertools.accumulate((len(units[i].ids[0]) for i in row), initial=0)
+        begins |= {i: (r, begin) for i, begin in zip(row, ends, strict=False)}
+    at = [(r, begin + k) for members in mine.values() for i in members for r, begin in [begins[i]] for k in units[i].at]
+    places = torch.tensor(at, dtype=torch.long).reshape(-1, 2)
+    z = plan.logits(batch, weights.to(backbone.device), places.to(backbone.device))
+    sizes = [sum(len(units[i].at) for i in members) for members in mine.values()]
+    for (s, members), part in zip(mine.items(), torch.split(z, sizes), strict=True):
+        yield s, [*members], part
 
 
-def positions(units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
-    """(row, position) of everything that is read one by one, row by row."""
-    pairs = [(row, at) for row, unit in enumerate(units) for at in unit.starts or () if at >= 0]
+def _stacked(states: Sequence[Tensor], batch: Batch) -> Tensor:
+    """Cached states [T, d] of each row, padded to the batch's width: [R, T, d]."""
+    stacked = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True).to(batch.ids.device)
+    return torch.nn.functional.pad(stacked, (0, 0, 0, batch.ids.shape[1] - stacked.shape[1]))
+
+
+def words(units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
+    """(row, position) of every word with a position, row by row."""
+    pairs = [(row, at) for row, unit in enumerate(units) for at in unit.at]
     index = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
     return index[:, 0], index[:, 1]
 
@@ -275,7 +277,7 @@ def features(backbone: Backbone, head: HeadCard, units: Sequence[Unit], q: Tenso
     found: list[Tensor] = [torch.empty(0)] * len(units)
     for pack in packs(units):
         for _, members, φ in forward(plan, [seat], [units[i] for i in pack], [0] * len(pack)):
-            parts = torch.split(φ, [units[pack[j]].read for j in members]) if head.reads == "words" else φ.unbind()
+            parts = torch.split(φ, [len(units[pack[j]].at) for j in members]) if head.reads == "words" else φ.unbind()
             for j, part in zip(members, parts, strict=True):
                 found[pack[j]] = part
     return found
