@@ -126,9 +126,10 @@ Llama architecture, {layers} layers of width {width}, {heads} heads, {kv_heads} 
 ## Training
 
 {step:,} of {steps:,} steps, {tokens:,.1f} million predicted tokens from a stream of {stream:,.1f} million,
-{minutes:,.0f} minutes on {device}. AdamW, peak learning rate {lr:g}, {step_tokens:,} tokens a step, {precision},
-seed {seed}; warm-up, stable, decay over the last {decay:.0%}. Documents are packed into rows of
-{length} tokens and do not see each other. A token of a prompt counts {prompt_weight:g}, any other 1.
+{minutes:,.0f} minutes on {device}. The blocks' matrices by {optimiser}, the rest by AdamW; peak learning rate {lr:g},
+{step_tokens:,} tokens a step, {precision}, seed {seed}; warm-up, stable, decay over the last {decay:.0%}. Documents
+are packed into rows of {length} tokens and do not see each other. A token of a prompt counts {prompt_weight:g}, any
+other 1.
 
 | step | million tokens | text | prompts | answers |
 | --- | --- | --- | --- | --- |
@@ -205,6 +206,7 @@ def card(
         stream=manifest["tokens"] / 1e6,
         minutes=state["seconds"] / 60,
         device=about["device"],
+        optimiser=_optimisers(state["optimisers"]),
         lr=settings.lr,
         step_tokens=settings.step_tokens,
         precision=settings.precision,
@@ -249,6 +251,11 @@ def _licences(manifest: dict[str, Any]) -> str:
         found.setdefault(source["licence"], Counter())[task if group == "tasks" else group] += 1
     named = {k: ", ".join(f"{n} of {name}" if n > 1 else name for name, n in v.items()) for k, v in found.items()}
     return "; ".join(f"{licence} ({names})" for licence, names in named.items())
+
+
+def _optimisers(found: Sequence[Sequence[Any]]) -> str:
+    names = {"muon": "Muon", "adamw": "AdamW"}
+    return ", then ".join(f"{names[name]} (from step {step:,})" if step else names[name] for step, name in found)
 
 
 def _found(part: dict[str, int]) -> str:

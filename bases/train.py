@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,8 @@ class Settings:
     lr: float = 2e-3  # at the peak
     warmup: int = 200  # steps
     decay: float = 0.2  # of all steps
-    weight_decay: float = 0.1  # on matrices
+    optimiser: str = "muon"  # of the blocks' matrices, or adamw as of the rest
+    weight_decay: float = 0.1  # on the blocks' matrices
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     seed: int = 0
@@ -99,6 +100,7 @@ class State:
     tokens: int = 0  # predicted so far, without padding
     seconds: float = 0.0
     at: tuple[int, int] = (0, 0)  # pass, row
+    optimisers: list[tuple[int, str]] = field(default_factory=list)  # from which step on which
     curve: list[list[float]] = field(
         default_factory=list
     )  # step, tokens, then nats per token of text, prompts, answers
@@ -197,7 +199,15 @@ class Trainer:
         matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
         others = [p for name, p in named if p.ndim != 2 or "embed" in name]
         groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimiser = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+        self.optimisers: list[torch.optim.Optimizer] = []
+        if settings.optimiser == "muon":
+            # Momentum made orthogonal (Jordan et al. 2024), its updates as large as AdamW's, so that one rate fits both
+            # (Liu et al. 2025, arXiv 2502.16982).
+            muon = torch.optim.Muon(groups[:1], lr=settings.lr, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+            self.optimisers.append(muon)
+            groups = groups[1:]
+        self.optimisers.append(torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True))
+        self.state.optimisers.append((0, settings.optimiser))
         self.forward = torch.compile(self.model) if settings.compile else self.model
 
     def batches(self) -> Iterator[list[tuple[Batch, tuple[int, int]]]]:
@@ -227,8 +237,9 @@ class Trainer:
     def step(self, micro: list[tuple[Batch, tuple[int, int]]]) -> tuple[Tensor, Tensor]:
         """One update; the summed nats and the counts of text, prompt and answer tokens, on the device."""
         s = self.settings
-        for group in self.optimiser.param_groups:
-            group["lr"] = s.rate(self.state.step)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = s.rate(self.state.step)
         whole = sum(float(weights_of(batch.part).sum()) for batch, _ in micro)
         nats, counts = torch.zeros(3, device=self.device), torch.zeros(3, device=self.device)
         for cpu_batch, _ in micro:
@@ -241,8 +252,9 @@ class Trainer:
                 nats[part] += (losses.detach() * here).sum()
                 counts[part] += here.sum()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.clip)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
         self.state.step += 1
         self.state.tokens += sum(int((batch.part >= 0).sum()) for batch, _ in micro)
         self.state.at = micro[-1][1]
@@ -305,7 +317,8 @@ class Trainer:
         moments = {
             f"{key}/{name}": value.detach().cpu().contiguous()
             for name, p in named.items()
-            for key, value in self.optimiser.state[p].items()
+            for optimiser in self.optimisers
+            for key, value in optimiser.state.get(p, {}).items()
         }
         save_file(moments, part / "optimiser.safetensors")
         device = (
@@ -331,10 +344,17 @@ class Trainer:
                 p.copy_(weights[name])
         about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         self.state = State(**{**about["state"], "at": tuple(about["state"]["at"])})
+        if self.state.optimisers[-1][1] != self.settings.optimiser:
+            self.state.optimisers.append((self.state.step, self.settings.optimiser))
         if self.state.step:
-            for name, p in named.items():
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                self.optimiser.state[p] = {key: moments[f"{key}/{name}"].to(self.device) for key in keys}
+            for optimiser in self.optimisers:
+                muon = isinstance(optimiser, torch.optim.Muon)
+                keys = ("momentum_buffer",) if muon else ("step", "exp_avg", "exp_avg_sq")
+                for p in (p for group in optimiser.param_groups for p in group["params"]):
+                    name = next(name for name, other in named.items() if other is p)
+                    kept = {key: moments.get(f"{key}/{name}") for key in keys}
+                    # Another optimiser than the checkpoint's starts anew.
+                    optimiser.state[p] = {key: t.to(self.device) for key, t in kept.items() if t is not None}
 
 
 def _main_thread() -> bool:
@@ -418,6 +438,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float)
     parser.add_argument("--warmup", type=int, help="steps")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--optimiser", choices=("muon", "adamw"), help="of the blocks' matrices; default: muon")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 where the processor has it")
     parser.add_argument("--attention", choices=("sdpa", "flex"))
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="default: on a GPU")
@@ -427,8 +448,8 @@ def main() -> None:
     args = parser.parse_args()
 
     device, out = args.device, args.out or Path("bases/runs") / args.size
-    names = ("tokens", "length", "rows", "accumulate", "lr", "warmup", "seed", "precision", "attention", "compile")
-    asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {f.name: getattr(args, f.name, None) for f in fields(Settings) if f.name != "size"}
+    asked = {name: value for name, value in given.items() if value is not None}
     settings = Settings(
         size=args.size,
         length=LENGTH[device],
@@ -440,7 +461,7 @@ def main() -> None:
     found = last(out) if args.resume else None
     if found:
         # Only what leaves the data order and the curve so far as they are may change.
-        changed = {k: v for k, v in asked.items() if k in ("tokens", "compile", "attention")}
+        changed = {k: v for k, v in asked.items() if k in ("tokens", "compile", "attention", "optimiser")}
         if refused := sorted(set(asked) - set(changed)):
             parser.error(f"a resumed run keeps its {', '.join(refused)}")
         settings = replace(settings_of(found), **changed)

@@ -23,7 +23,8 @@ import torch
 import polytask as pt
 from polytask.backbones import text
 from polytask.inference import Engine, Request
-from polytask.inference.generation import Prompt, Sampling, generate
+from polytask.inference.generation import generate
+from polytask.inference.writing import Prompt, Sampling
 from polytask.methods import passes
 from polytask.methods.lifting import Plan
 from polytask.recipes.reading import Reading

@@ -19,6 +19,8 @@ BENCHES: dict[str, tuple[str, ...]] = {
     "train": ("bench.train",),
     "together": ("bench.together",),
     "memory": ("bench.memory",),
+    "packing": ("bench.packing",),
+    "decode": ("bench.decode",),
     "train_scores": ("bench.train", "--scores"),
     "together_scores": ("bench.together", "--scores"),
 }
@@ -29,6 +31,8 @@ QUICK: dict[str, tuple[str, ...]] = {
     "train": ("--rounds", "3", "--examples", "128"),
     "together": ("--rounds", "3", "--examples", "64"),
     "memory": ("--examples", "1000", "--epochs", "1"),
+    "packing": ("--rounds", "3", "--examples", "96"),
+    "decode": ("--rounds", "3"),
 }
 
 

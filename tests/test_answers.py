@@ -27,8 +27,9 @@ from polytask.errors import PolytaskError
 from polytask.inference import Engine, Request
 from polytask.inference.answers import Options, choose_normalisation
 from polytask.inference.engine import Ask
-from polytask.inference.generation import Prompt as Row
-from polytask.inference.generation import Sampling, generate
+from polytask.inference.generation import generate
+from polytask.inference.writing import Prompt as Row
+from polytask.inference.writing import Sampling
 from polytask.methods import build, passes
 from polytask.methods.lifting import Active, Plan
 from polytask.methods.passes import Seat

@@ -22,9 +22,9 @@ from polytask.backbones import Backbone
 from polytask.backbones.text import Asked
 from polytask.composition import mix
 from polytask.errors import PolytaskError, UsageError
-from polytask.inference import generation
 from polytask.inference.engine import WRITER, Ask, Engine
-from polytask.inference.generation import Prompt, Sampling, Written, generate, sample, settled, stream
+from polytask.inference.generation import generate, sample, stream
+from polytask.inference.writing import Prompt, Sampling, Written, settled, vocabulary_size
 from polytask.methods import build, passes
 from polytask.methods.lifting import Active, Plan
 from polytask.methods.passes import Seat
@@ -551,7 +551,7 @@ def test_constrained_rows_are_valid_and_the_others_as_they_were(family: str) -> 
     for p, a, b in zip(prompts, found, generate(plan, free, places=5), strict=True):
         if p.sampling.constraint is None:
             same(a, b)
-    kept = Guides(tokenizer(), generation.vocabulary_size(plan.backbone))
+    kept = Guides(tokenizer(), vocabulary_size(plan.backbone))
     for a, b in zip(generate(plan, prompts[:3], guides=kept), found[:3], strict=True):
         same(a, b)
 

@@ -119,7 +119,7 @@ def adapt(
     quiet = quiet or json
     with (
         resumable(folder, keep=checkpoint is not None),
-        Progress([(data.name, data.metric)], quiet=quiet) as progress,
+        Progress([data.name], quiet=quiet) as progress,
     ):
         progress.say(
             f"{data.name}: {data.kind}, {len(data.train)} training examples; {backbone.name} on {backbone.device}"

@@ -95,7 +95,7 @@ def compare(
     at = 0
     with (
         resumable(folder, keep=True),
-        Progress([(title, data.metric) for title in titles], quiet=quiet) as progress,
+        Progress(titles, quiet=quiet) as progress,
     ):
 
         def on_event(event: Event) -> None:

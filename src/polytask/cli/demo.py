@@ -1,10 +1,13 @@
-"""`polytask demo`: three tasks adapted at once, kept, and asked ten questions."""
+"""`polytask demo`: small tasks adapted at once, kept, and asked ten questions."""
 
 from __future__ import annotations
 
 import shlex
 import time
 from pathlib import Path
+from typing import Annotated
+
+from typer import Option
 
 from polytask.cli import options, show
 from polytask.cli.adapt import report
@@ -13,10 +16,12 @@ from polytask.cli.predict import described
 from polytask.cli.progress import Progress
 
 HERE = Path(__file__).parent.parent / "demo"
-TASKS = ("tickets", "calendar", "questions")
+READ = ("tickets", "calendar", "questions")
+WRITTEN = ("home", "tickets")
 
 
 def demo(
+    generate: Annotated[bool, Option("--generate", help="Two tasks whose answers are written by a decoder.")] = False,
     library: options.Library = options.LIBRARY,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -25,6 +30,7 @@ def demo(
 
     For example:
       polytask demo
+      polytask demo --generate
       polytask demo --library /tmp/skills
 
     tickets     which of 8 teams should deal with a customer's message
@@ -34,6 +40,11 @@ def demo(
     All three are learned at once over one pass of the embedded MiniLM,
     measured on their test splits, and kept in the library. Then ten unlabelled
     inputs are answered, each by the adapter that the router picks for it.
+
+    With --generate, the embedded decoder learns to answer in text:
+
+    home        the command for a request to a house
+    tickets     the team's name, as the words that it writes
     """
     began = time.perf_counter()
 
@@ -41,22 +52,26 @@ def demo(
     from polytask.inference import Engine, Request
     from polytask.library import Library
     from polytask.recipes.adapt import Plan, adapt_many
+    from polytask.recipes.reading import Reading
     from polytask.tasks import Task
     from polytask.training import Settings
 
-    tasks = [Task.read(HERE / name) for name in TASKS]
-    backbone = load("minilm")
-    plans = [Plan(task, settings=Settings(epochs=12)) for task in tasks]
+    tasks = [Task.read(HERE / name) for name in (WRITTEN if generate else READ)]
+    backbone = load("polytask-base" if generate else "minilm")
+    reading = Reading(in_text="yes" if generate else "auto")
+    plans = [Plan(task, settings=Settings(epochs=12), reading=reading) for task in tasks]
     kept = Library(library)
     folder = folder_for(library, backbone, plans)
-    with resumable(folder), Progress([(t.name, t.metric) for t in tasks], quiet=quiet or json) as progress:
-        progress.say(f"minilm, {backbone.parameters / 1e6:.0f} million parameters, frozen; three tasks at once")
+    with resumable(folder), Progress([t.name for t in tasks], quiet=quiet or json) as progress:
+        count = {2: "two", 3: "three"}[len(tasks)]
+        size = f"{backbone.parameters / 1e6:.0f} million parameters"
+        progress.say(f"{backbone.name}, {size}, frozen; {count} tasks at once")
         adapters = adapt_many(backbone, plans, folder=folder, on_event=progress)
         for adapter in adapters:
             kept.add(adapter)
     reports = [report(adapter, library) for adapter in adapters]
 
-    inputs = (HERE / "inputs.txt").read_text(encoding="utf-8").splitlines()
+    inputs = (HERE / ("requests.txt" if generate else "inputs.txt")).read_text(encoding="utf-8").splitlines()
     requests = [Request(text) for text in inputs]
     engine = Engine(backbone, adapters=adapters)
     answers = [described(engine, r, found) for r, found in zip(requests, engine.answer(requests), strict=True)]
@@ -65,7 +80,7 @@ def demo(
         show.write_json({"adapters": reports, "answers": answers, "library": str(library), "seconds": seconds})
         return
 
-    right = ("frozen features", "trained", "%", "seconds", "size")
+    right = ("as it is" if generate else "frozen features", "trained", "%", "seconds", "size")
     table = show.table("task", "method", "score on test [95 %]", *right, right=right)
     for r in reports:
         table.add_row(
@@ -93,7 +108,7 @@ def demo(
         table,
         "Ten new inputs, each answered by the adapter that the router picked:",
         asked,
-        f"Three adapters are kept in {library} ({seconds:.0f} s in all). Next:",
+        f"{count.capitalize()} adapters are kept in {library} ({seconds:.0f} s in all). Next:",
         f"  echo 'my parcel never came' | polytask predict{_where(library)}",
         f"  polytask library list{_where(library)}",
         "  polytask adapt your.csv --input text --output label",

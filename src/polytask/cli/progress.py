@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 class Progress:
     """One line for each job. Give it to training as `on_event`.
 
-    `jobs` are (name, metric). Loss and score are those of the last evaluation on the validation split, and the best.
+    Loss and score are those of the last evaluation on the validation split, and the best.
     """
 
-    def __init__(self, jobs: Sequence[tuple[str, str]], *, quiet: bool = False) -> None:
+    def __init__(self, jobs: Sequence[str], *, quiet: bool = False) -> None:
         self.jobs = jobs
         self.quiet = quiet
         self._live: Any = None
@@ -34,8 +34,8 @@ class Progress:
                 TimeElapsedColumn(),
                 console=Console(stderr=True),
             )
-            for name, _ in jobs:
-                self._live.add_task(name, total=None, says="frozen features")
+            for name in jobs:
+                self._live.add_task(name, total=None, says="as it is")
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -58,12 +58,13 @@ class Progress:
     def __call__(self, event: Event) -> None:
         if self.quiet:
             return
-        name, metric = self.jobs[event.job]
+        name, metric = self.jobs[event.job], event.metric
+        before = "as it is" if metric == "p(token)" else "frozen features"
         if event.kind in ("probe", "score"):
             self._best[event.job] = max(event.score, self._best.get(event.job, -1.0))
         if self._live is None:
             if event.kind == "probe":
-                self.say(f"{name}: frozen features, {metric} {event.score:.3f} on validation, {event.seconds:.1f} s")
+                self.say(f"{name}: {before}, {metric} {event.score:.3f} on validation, {event.seconds:.1f} s")
             elif event.kind == "score":
                 self.say(
                     f"{name}: epoch {event.epoch:g}, step {event.step}/{event.steps}, loss {event.loss:.3f}, "
@@ -72,7 +73,7 @@ class Progress:
             return
         best = self._best.get(event.job, 0.0)
         if event.kind == "probe":
-            self._live.update(event.job, says=f"frozen features {metric} {event.score:.3f}")
+            self._live.update(event.job, says=f"{before} {metric} {event.score:.3f}")
         elif event.kind == "done":
             self._live.update(event.job, completed=event.steps, total=event.steps, says=f"done, {metric} {best:.3f}")
         else:

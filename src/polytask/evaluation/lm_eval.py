@@ -32,7 +32,8 @@ from polytask.errors import PolytaskError, UsageError
 from polytask.evaluation.significance import Difference, bootstrap, bootstrap_metric, mcnemar
 from polytask.inference import Engine
 from polytask.inference.engine import WRITER
-from polytask.inference.generation import Prompt, Sampling, stream
+from polytask.inference.generation import stream
+from polytask.inference.writing import Prompt, Sampling
 from polytask.library import Library
 from polytask.methods import build, passes
 from polytask.methods.lifting import Active, Plan

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from polytask.adapters import TextCard
 from polytask.backbones import text
-from polytask.inference.generation import Prompt, Sampling, generate
+from polytask.inference.generation import generate
+from polytask.inference.writing import Prompt, Sampling
 from polytask.methods import passes
 from polytask.methods.lifting import Plan
 from polytask.methods.passes import Seat, Unit

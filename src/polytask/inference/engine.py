@@ -23,7 +23,8 @@ from polytask.composition import Mixture
 from polytask.composition.routing.nearest_task import Choice, NearestTask, Profile
 from polytask.errors import PolytaskError, UsageError
 from polytask.inference.answers import Options, say, weigh
-from polytask.inference.generation import Piece, Prompt, Sampling, Written, generate, stream
+from polytask.inference.generation import generate, stream
+from polytask.inference.writing import Piece, Prompt, Sampling, Written
 from polytask.methods import Method, build, passes
 from polytask.methods.lifting import Active, Plan
 from polytask.methods.passes import Seat, Unit

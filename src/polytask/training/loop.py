@@ -37,7 +37,7 @@ CACHE_BYTES = 512 << 20  # hidden states of a frozen prefix are kept up to this 
 
 @dataclass(frozen=True)
 class Event:
-    """What a progress display gets: `kind` is `probe`, `step`, `score` or `done`."""
+    """What a progress display gets: `kind` is `probe`, `step`, `score` or `done`; `metric` is what `score` measures."""
 
     kind: str
     job: int
@@ -47,6 +47,10 @@ class Event:
     loss: float = 0.0
     score: float = 0.0
     seconds: float = 0.0
+    metric: str = ""
+
+
+PREDICTED = "p(token)"  # the geometric mean of the probabilities of the answers' tokens
 
 
 @dataclass
@@ -87,6 +91,11 @@ class Learner:
     done: bool = False
 
     @property
+    def metric(self) -> str:
+        """What validation scores are: the task's metric, or how well the tokens of answers in text are predicted."""
+        return PREDICTED if self.job.head.text else self.job.task.metric
+
+    @property
     def head(self) -> dict[str, Tensor]:
         return {name.removeprefix("head/"): t for name, t in self.tensors.items() if name.startswith("head/")}
 
@@ -120,7 +129,7 @@ def train(
         began = time.perf_counter()
         _probe(backbone, learner)
         learner.seconds = time.perf_counter() - began
-        tell(Event("probe", i, score=learner.probe, seconds=learner.seconds))
+        tell(Event("probe", i, score=learner.probe, seconds=learner.seconds, metric=learner.metric))
     moving = [learner for learner in learners if any(not n.startswith("head/") for n in learner.tensors)]
     for learner in learners:
         learner.done = learner not in moving
@@ -268,11 +277,8 @@ class Loop:
             for learner in active:
                 learner.step += 1
                 learner.seconds += spent / len(active)
-                i = self.learners.index(learner)
                 at = learner.step / learner.steps_an_epoch
-                self.tell(
-                    Event("step", i, learner.step, learner.steps, at, learner.losses[-1], learner.best, learner.seconds)
-                )
+                self._tell("step", learner, at, learner.losses[-1], learner.best)
                 if learner.step % learner.steps_an_epoch == 0:
                     ended.append(learner)
             if ended:
@@ -357,7 +363,8 @@ class Loop:
         learner.optimiser.zero_grad(set_to_none=True)
 
     def _next(self, learner: Learner) -> list[int]:
-        """The next batch. An epoch is a shuffle, cut into chunks that are sorted by length and cut into batches."""
+        """The next batch. An epoch is a shuffle, cut into chunks that are sorted by length and cut into batches; what
+        is packed side by side needs no sorting."""
         at = learner.step % learner.steps_an_epoch
         if at == 0 or not learner.order:
             settings = learner.job.settings
@@ -367,7 +374,9 @@ class Loop:
             chunk = settings.batch * 32
             order: list[list[int]] = []
             for begin in range(0, len(shuffled), chunk):
-                near = sorted(shuffled[begin : begin + chunk], key=lambda i: learner.units[i].length)
+                near = shuffled[begin : begin + chunk]
+                if not (learner.job.head.text and self.backbone.packable):
+                    near.sort(key=lambda i: learner.units[i].length)
                 order += [near[i : i + settings.batch] for i in range(0, len(near), settings.batch)]
             learner.order = [order[i] for i in torch.randperm(len(order), generator=generator).tolist()]
         return learner.order[at]
@@ -397,11 +406,13 @@ class Loop:
             else:
                 learner.stale += 1
             learner.done = learner.step >= learner.steps or learner.stale >= learner.job.settings.patience
-            i = self.learners.index(learner)
-            event = Event("score", i, learner.step, learner.steps, epoch, loss, value, learner.seconds)
-            self.tell(event)
+            self._tell("score", learner, epoch, loss, value)
             if learner.done:
-                self.tell(Event("done", i, learner.step, learner.steps, epoch, loss, learner.best, learner.seconds))
+                self._tell("done", learner, epoch, loss, learner.best)
+
+    def _tell(self, kind: str, learner: Learner, epoch: float, loss: float, score: float) -> None:
+        i = self.learners.index(learner)
+        self.tell(Event(kind, i, learner.step, learner.steps, epoch, loss, score, learner.seconds, learner.metric))
 
     def _values(self, learners: list[Learner], plan: Plan, seats: list[Seat]) -> list[float]:
         """Each learner's validation score; of answers in text, how well they are predicted, which needs no writing."""

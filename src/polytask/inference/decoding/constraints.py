@@ -199,6 +199,12 @@ class Guide:
             raise PolytaskError(f"token {token} may not follow {self._tail()}")
         self._tokens.append(token)
 
+    def branch(self) -> Guide:
+        """Another guide that has come as far."""
+        other = Guide(self._matcher.deep_copy(), self._tokenizer)
+        other._tokens = list(self._tokens)
+        return other
+
     def forced(self) -> list[int]:
         """Tokens that spell the only text on from here, as the tokenizer would; [] where there is a choice of text.
 
