@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from polytask.adapters import Adapter, Card, HeadCard, export_peft, import_peft
+from polytask.adapters.peft.layout import features_of
 from polytask.errors import PolytaskError, UsageError
 from polytask.tasks import TaskCard
 
@@ -139,10 +140,19 @@ def by_hand(model: nn.Module, one: Adapter, table: Mapping[str, Place]) -> Tenso
     for name in one.sites:
         place, p = table[name], one.at(name)
 
-        def change(y: Tensor, x: Tensor, p: dict[str, Tensor] = p) -> Tensor:
+        module: Any = model.get_submodule(place.path)
+        W = module.weight if isinstance(module, nn.Linear) else module.weight.T
+        b = torch.zeros(len(W), dtype=W.dtype) if module.bias is None else module.bias
+        rows = features_of(place, table) if place.point == "output" else torch.arange(len(W))
+
+        def change(y: Tensor, x: Tensor, p: dict[str, Tensor] = p, frozen: Any = (W[rows], b[rows])) -> Tensor:
             if "l" in p:
                 return y * p["l"]
             s = says["alpha"] / (math.sqrt(says["r"]) if says.get("rslora") else says["r"])
+            if "m" in p:
+                W, b = frozen
+                V = W + s * p["B"] @ p["A"]
+                return x @ (p["m"] / V.norm(dim=1) * V.T) + b
             return y + s * (x @ p["A"].T) @ p["B"].T
 
         def after(
@@ -159,7 +169,6 @@ def by_hand(model: nn.Module, one: Adapter, table: Mapping[str, Place]) -> Tenso
         def before(_: nn.Module, inputs: Any, change: Callable[..., Tensor] = change) -> Any:
             return (change(inputs[0], inputs[0]), *inputs[1:])
 
-        module = model.get_submodule(place.path)
         handles.append(
             module.register_forward_pre_hook(before) if place.point == "input" else module.register_forward_hook(after)
         )
@@ -228,6 +237,46 @@ def test_a_lora_computes_the_same_in_peft_and_comes_back(tmp_path: Path, kind: s
     foreign = import_peft(folder, table, backbone=BACKBONE, card=CARD)
     torch.testing.assert_close(by_hand(MODELS[kind](), foreign, table), expected, rtol=0, atol=1e-9)
     assert foreign.hyperparameters["sites"] == one.hyperparameters["sites"]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_dora_computes_the_same_in_peft_and_comes_back(tmp_path: Path, kind: str, rslora: bool) -> None:
+    table = places(kind)
+    plain = lora(table, "qkv", **({"rslora": True} if rslora else {}))
+    made = torch.Generator().manual_seed(2)
+    m = {f"{site}/m": 1 + torch.rand(table[site].width, generator=made, dtype=torch.float64) for site in plain.sites}
+    one = with_head(replace(plain, method="dora", tensors={**plain.tensors, **m}))
+    expected = by_hand(MODELS[kind](), one, table)
+    assert (expected - out(MODELS[kind]())).abs().max() > 1e-3
+    folder = export_peft(one, tmp_path / "out", table)
+    torch.testing.assert_close(by_peft(MODELS[kind](), folder), expected, rtol=0, atol=1e-9)
+    back = import_peft(folder, table)
+    assert (back.id, back.method, back.hyperparameters) == (one.id, "dora", one.hyperparameters)
+    for name in ("polytask_head.json", "polytask_head.safetensors"):
+        (folder / name).unlink()
+    foreign = import_peft(folder, table, backbone=BACKBONE, card=CARD)
+    torch.testing.assert_close(by_hand(MODELS[kind](), foreign, table), expected, rtol=0, atol=1e-9)
+
+
+def test_a_dora_of_half_a_module_is_refused(tmp_path: Path) -> None:
+    table = places("gpt2")
+    plain = lora(table, "q")
+    m = {f"{site}/m": torch.ones(table[site].width, dtype=torch.float64) for site in plain.sites}
+    one = replace(plain, method="dora", tensors={**plain.tensors, **m})
+    with pytest.raises(PolytaskError, match=r"for all of .*c_attn or for none"):
+        export_peft(one, tmp_path / "out", table)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_dora_is_refused(tmp_path: Path) -> None:
+    """A config that says DoRA beside tensors of a plain LoRA."""
+    table = places("bert")
+    folder = export_peft(lora(table), tmp_path / "out", table)
+    (folder / "polytask_head.json").unlink()
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"use_dora": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert "has no lora_magnitude_vector" in refusal(folder)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -404,7 +453,6 @@ def refusal(folder: Path, **options: Any) -> str:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"use_dora": True}, "use_dora is set"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"lora_bias": True}, "lora_bias is set"),
         ({"modules_to_save": ["pooler"]}, "trained pooler too"),

@@ -119,8 +119,8 @@ def test_a_scaled_tensor_moves_the_output_as_its_gradient_says():
     for name in NAMES:
         m = build(name)
         tensors = {n: t.double().requires_grad_() for n, t in shaken(m, backbone).items()}
-        if m.precise:
-            continue  # its tensors are cast to fp32
+        if m.precise or name == "dora":
+            continue  # its tensors are cast to fp32; takes the norms for constants (see test_methods_numeric)
         draw = torch.Generator().manual_seed(3)
         step = {n: torch.randn(t.shape, generator=draw, dtype=torch.float64) for n, t in tensors.items()}
 
@@ -309,7 +309,7 @@ WEIGHTS = {
 def group_of(name: str, hypers: list[dict[str, object]], site: str = "1.mlp.up") -> Group:
     backbone = base("llama")
     adapters = [active(backbone, name, k, sites=[site], **h) for k, h in enumerate(hypers)]
-    group = Group(0, adapters[0].method, adapters[0].at[site], backbone)
+    group = Group(0, adapters[0].method, adapters[0].at[site], backbone, site)
     for k, adapter in enumerate(adapters[1:], 1):
         assert group.takes(adapter.method, adapter.at[site])
         group.add(k, adapter.method, adapter.at[site])
@@ -385,7 +385,7 @@ def test_a_strangers_method_of_one_equation_works_in_mixed_batches():
     class Shift(Method):
         sites: tuple[str, ...] = ("*.mlp",)
 
-        def init(self, site, generator) -> Params:
+        def init(self, site, generator, frozen) -> Params:
             return {"a": torch.zeros(site.width)}
 
         def delta(self, p: Params, x: Tensor, y: Tensor) -> Tensor:

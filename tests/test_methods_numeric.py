@@ -367,3 +367,60 @@ def test_columns_of_nothing_but_padding_give_no_nan_and_change_nothing(family, c
         for tensors in each.at.values():
             for t in tensors.values():
                 assert t.grad.isfinite().all()
+
+
+# -- DoRA against PEFT, and by hand ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("family", LORA_SITES)
+def test_dora_is_pefts(family, rslora):
+    backbone = tiny.backbone(family)
+    adapter = shaken(backbone, "dora", r=3, alpha=5, rslora=rslora, sites=LORA_SITES[family])
+    paths = {site: backbone.sites[site].path for site in adapter.at}
+    config = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        use_rslora=rslora,
+        use_dora=True,
+        target_modules=list(paths.values()),
+        fan_in_fan_out=family == "gpt2",
+    )
+    model = peft.get_peft_model(copy.deepcopy(backbone.model), config).eval().base_model.model
+    for site, p in adapter.at.items():
+        module = model.get_submodule(paths[site])
+        module.lora_A["default"].weight.data = p["A"]
+        module.lora_B["default"].weight.data = p["B"]
+        module.lora_magnitude_vector["default"].weight.data = p["m"]
+    agree(backbone, adapter, model)
+
+
+def test_dora_by_hand():
+    """V = W + 2·B A = [[4, 3], [3, −2]], ‖V‖ = [5, √13], m = [5, 1], W' = [[4, 3], [3, −2]/√13]."""
+    W, x = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[1.0, 2.0]])
+    b = torch.tensor([0.5, -0.5])
+    p = {"A": torch.tensor([[0.5, -0.5]]), "B": torch.tensor([[1.0], [2.0]]), "m": torch.tensor([5.0, 1.0])}
+    m = build("dora", {"r": 1, "alpha": 2})
+    y = x @ W.T + b
+    found = y + m.delta(m.ready(p, {"W": W, "b": b}), x, y)
+    torch.testing.assert_close(found, torch.tensor([[10.5, -0.5 - 1 / math.sqrt(13)]]))
+
+
+def test_doras_gradients_take_the_norms_for_constants():
+    """∂y/∂m = V x / ‖V‖, and ∂y/∂B = s m/‖V‖ (A x), without the norm's own part."""
+    draw = torch.Generator().manual_seed(0)
+    W, x = torch.randn(4, 3, generator=draw), torch.randn(1, 3, generator=draw)
+    p = {"A": torch.randn(2, 3, generator=draw), "B": torch.randn(4, 2, generator=draw), "m": torch.ones(4)}
+    for t in p.values():
+        t.requires_grad_()
+    m = build("dora", {"r": 2, "alpha": 4})
+    m.delta(m.ready(p, {"W": W, "b": torch.zeros(())}), x, x @ W.T).sum().backward()
+    with torch.no_grad():
+        V = W + 2 * p["B"] @ p["A"]
+        torch.testing.assert_close(p["m"].grad, (V @ x[0]) / V.norm(dim=1))
+        torch.testing.assert_close(p["B"].grad, 2 * (p["m"] / V.norm(dim=1))[:, None] * (p["A"] @ x[0]))
+
+
+def test_a_method_that_reads_weights_needs_a_linear_map():
+    with pytest.raises(UsageError, match=r"site 0 is not the output of a linear map"):
+        build("dora", {"sites": ["0"]}).start(tiny.backbone("llama"), 0)

@@ -314,6 +314,21 @@ class Backbone:
             for block in skipped:
                 del block.forward
 
+    def linear(self, site: Site) -> dict[str, Tensor]:
+        """The weight W [width, reads] and bias b [width] (or a single 0) of the linear map whose output a site is.
+
+        Raises UsageError at a site that is not the output of one.
+        """
+        module: Any = self.model.get_submodule(site.path)
+        if site.point != "output":
+            raise UsageError(f"site {site.name} is not the output of a linear map, so it has no weight to read")
+        W, b = module.weight, module.bias
+        if not isinstance(module, nn.Linear):  # transformers' Conv1D keeps it the other way round
+            W = W.T
+        if site.part is not None:
+            W, b = site.part.take(W.T).T, None if b is None else site.part.take(b)
+        return {"W": W.detach(), "b": W.new_zeros(()) if b is None else b.detach()}
+
     def weights_read(self, *, writing: bool = False) -> list[tuple[str, str, nn.Parameter]]:
         """(module path in `base`, parameter name, parameter) of every weight that the hidden states depend on, the
         decoder's too where an encoder-decoder is `writing`.

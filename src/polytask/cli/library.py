@@ -162,7 +162,7 @@ def export(
       polytask library export tickets /tmp/tickets
       polytask library export tickets /tmp/tickets-peft --format peft
 
-    PEFT's format has a place for lora and ia3.
+    PEFT's format has a place for lora, dora and ia3.
     """
     kept = _open(library)
     entry = kept.entry(ref)

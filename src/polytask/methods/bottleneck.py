@@ -35,7 +35,7 @@ class Bottleneck(Method):
     reduction: int = 16
     sites: tuple[str, ...] = ("*.attn.o", "*.mlp.down")
 
-    def init(self, site: Site, generator: torch.Generator) -> Params:
+    def init(self, site: Site, generator: torch.Generator, frozen: Params) -> Params:
         d = site.width
         m = max(1, d // self.reduction)
         D = nn.init.trunc_normal_(torch.empty(m, d), std=0.01, a=-0.02, b=0.02, generator=generator)

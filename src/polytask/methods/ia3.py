@@ -23,7 +23,7 @@ class IA3(Method):
 
     sites: tuple[str, ...] = ("*.attn.k", "*.attn.v", "*.mlp.act")
 
-    def init(self, site: Site, generator: torch.Generator) -> Params:
+    def init(self, site: Site, generator: torch.Generator, frozen: Params) -> Params:
         return {"l": torch.ones(site.width)}
 
     def delta(self, p: Params, x: Tensor, y: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class Plan:
                         group.add(k, adapter.method, params)
                         break
                 else:
-                    groups.append(Group(k, adapter.method, params, self.backbone))
+                    groups.append(Group(k, adapter.method, params, self.backbone, site))
 
     def hidden(self, batch: Batch, weights: Tensor | None = None, *, causal: bool = True) -> Tensor:
         """Last hidden states [R, T, d]. `weights` [R, K] fp32; None gives every row the first adapter, if any.
@@ -223,11 +223,12 @@ class Plan:
 class Group:
     """Adapters that act at one site by one equation: their columns of w, methods and tensors."""
 
-    def __init__(self, column: int, method: Method, params: Params, backbone: Backbone) -> None:
+    def __init__(self, column: int, method: Method, params: Params, backbone: Backbone, site: str) -> None:
         self.columns = [column]
         self.methods = [method]
         self._params = [params]
         self._backbone = backbone
+        self._frozen = backbone.linear(backbone.sites[site]) if method.reads_weights else {}
         self.joined: dict[str, Any] = {}  # what a method's own `mix` keeps from pass to pass
 
     def takes(self, method: Method, params: Params) -> bool:
@@ -240,11 +241,13 @@ class Group:
 
     @cached_property
     def params(self) -> list[Params]:
-        """Each adapter's tensors on the backbone's device, in its dtype (fp32 for a `precise` method)."""
+        """What each adapter's equation gets, on the backbone's device, in its dtype (fp32 for a `precise` method)."""
         device, dtype = self._backbone.device, self._backbone.dtype
         if self.methods[0].precise:
             dtype = torch.float32
-        return [{name: t.to(device, dtype) for name, t in p.items()} for p in self._params]
+        moved = [{name: t.to(device) for name, t in p.items()} for p in self._params]
+        ready = [m.ready(p, self._frozen) for m, p in zip(self.methods, moved, strict=True)]
+        return [{name: t.to(dtype) for name, t in p.items()} for p in ready]
 
     def fresh(self) -> None:
         """Forget what was worked out from the tensors, because they have changed."""

@@ -44,7 +44,7 @@ class LoRA(Method):
     def s(self) -> float:
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
-    def init(self, site: Site, generator: torch.Generator) -> Params:
+    def init(self, site: Site, generator: torch.Generator, frozen: Params) -> Params:
         bound = 1 / math.sqrt(site.reads)
         A = torch.empty(self.r, site.reads).uniform_(-bound, bound, generator=generator)
         return {"A": A, "B": torch.zeros(site.width, self.r)}

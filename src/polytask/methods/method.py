@@ -26,8 +26,10 @@ class Method:
     functions: `init` makes one site's tensors, `delta` is the equation for one row. The runtime changes a site's value
     to y + Δ, lifts `delta` over batches whose rows use different adapters, and scales Δ in weighted mixtures.
 
-    `precise` methods get their tensors in fp32 even where the backbone computes in bf16. Methods that change whole
-    weights set `swaps`, override `start` with tensors named `:<module path>/<parameter>` and need no equation.
+    `precise` methods get their tensors in fp32 even where the backbone computes in bf16. Methods with `reads_weights`
+    are shown the frozen map's own weight W [width, reads] and bias b [width] (0 where it has none) as `frozen`, in
+    `init` and in `ready`. Methods that change whole weights set `swaps`, override `start` with tensors named
+    `:<module path>/<parameter>` and need no equation.
     """
 
     name: ClassVar[str] = ""
@@ -36,6 +38,7 @@ class Method:
     paper: ClassVar[str] = ""
     swaps: ClassVar[bool] = False
     precise: ClassVar[bool] = False
+    reads_weights: ClassVar[bool] = False
 
     sites: tuple[str, ...] = ()
     dropout: float = 0.0
@@ -43,9 +46,13 @@ class Method:
     mix: ClassVar[Callable[..., Tensor] | None] = None
     """A hand-tuned path beside the generic one: mix(self, group, x, y, columns) -> y + Σ w Δ; see `lifting`."""
 
-    def init(self, site: Site, generator: torch.Generator) -> Params:
-        """One site's tensors before training, fp32, drawn from `generator`."""
+    def init(self, site: Site, generator: torch.Generator, frozen: Params) -> Params:
+        """One site's tensors before training, fp32, drawn from `generator`; `frozen` has W and b if they are read."""
         raise NotImplementedError(type(self).__name__)
+
+    def ready(self, p: Params, frozen: Params) -> Params:
+        """What `delta` gets in place of a site's tensors: whatever follows from them alone, worked out once."""
+        return p
 
     def delta(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
         """Δ [T, width] for one row, from this site's tensors `p`, what the site reads x [T, reads], its value y."""
@@ -62,7 +69,8 @@ class Method:
         for name in match(sites, self.sites):
             if name == "head":  # its tensors' names would be those of the task's head
                 raise UsageError(f"{self.name} cannot act at the site 'head': name the last block's output, '-1'")
-            for parameter, tensor in self.init(sites[name], generator).items():
+            frozen = backbone.linear(sites[name]) if self.reads_weights else {}
+            for parameter, tensor in self.init(sites[name], generator, frozen).items():
                 tensors[f"{name}/{parameter}"] = tensor
         return tensors
 

@@ -30,7 +30,7 @@ from polytask.adapters.store import read_safetensors, shown
 from polytask.errors import PolytaskError, UsageError
 
 # What PEFT writes that changes nothing about the finished adapter, or that is read below. Any other key that is set
-# stands for a variant (DoRA, aLoRA, BD-LoRA, …) that computes something else.
+# stands for a variant (aLoRA, BD-LoRA, …) that computes something else.
 _HARMLESS = frozenset(
     (
         "alpha_pattern",
@@ -64,6 +64,7 @@ _HARMLESS = frozenset(
         "runtime_config",
         "target_modules",
         "task_type",
+        "use_dora",
         "use_rslora",
     )
 )
@@ -127,7 +128,7 @@ def import_peft(
             raise UsageError(f"{folder}: say what the head {head_module} stands for with head=HeadCard(...)")
 
     untouched = bool(said) and said.get("sha256") == sha256(folder)
-    if kind == "lora":
+    if kind != "ia3":
         learned, hyperparameters = _lora_tensors(folder, config, tensors, sites, said if untouched else {})
     else:
         learned, hyperparameters = _ia3_tensors(folder, config, tensors, sites)
@@ -141,7 +142,7 @@ def import_peft(
 
 
 def _accept(folder: Path, config: Mapping[str, Any], head_module: str | None) -> str:
-    """Which method it is: `lora` or `ia3`; refuses what polytask would compute differently."""
+    """Which method it is: `lora`, `dora` or `ia3`; refuses what polytask would compute differently."""
     path = folder / CONFIG
     if "peft_type" not in config and "config" in config:
         raise PolytaskError(f"{path}: is of AdapterHub's adapters, not of PEFT")
@@ -159,7 +160,7 @@ def _accept(folder: Path, config: Mapping[str, Any], head_module: str | None) ->
             f"{path}: init_lora_weights {start!r} changes the base weights; save it from PEFT as a plain LoRA "
             "(save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    return kind
+    return "dora" if kind == "lora" and config.get("use_dora") else kind
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -192,21 +193,24 @@ def _lora_tensors(
     sites: Mapping[str, SiteLike],
     said: Mapping[str, Any],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Each site's A and B, and the hyperparameters. `said` is what `export_peft` wrote beside a folder that nobody has
-    changed since; empty for any other."""
+    """Each site's A and B (of DoRA also m), and the hyperparameters. `said` is what `export_peft` wrote beside a folder
+    that nobody has changed since; empty for any other."""
     pairs: dict[str, dict[str, Tensor]] = {}
+    dora = bool(config.get("use_dora"))
+    kinds = r"(.+)\.lora_(?:([AB])\.weight|(m)agnitude_vector)" if dora else r"(.+)\.lora_(?:([AB])\.weight)()"
     for key, tensor in tensors.items():
-        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+        match = re.fullmatch(re.escape(PREFIX) + kinds, key)
         if match is None:
             raise PolytaskError(
                 f"{folder}: tensor {shown(key)} is no LoRA of a linear module; polytask cannot represent it"
             )
-        pairs.setdefault(match[1], {})[match[2]] = tensor
+        pairs.setdefault(match[1], {})[match[2] or match[3]] = tensor
     if not pairs:
         raise PolytaskError(f"{folder / TENSORS}: holds no LoRA tensors")
     for path, pair in pairs.items():
-        if len(pair) != 2:
-            raise PolytaskError(f"{folder / TENSORS}: {shown(path)} has no lora_{'B' if 'A' in pair else 'A'}.weight")
+        for letter, file in (("A", "lora_A.weight"), ("B", "lora_B.weight"), ("m", "lora_magnitude_vector")):
+            if letter not in pair and (dora or letter != "m"):
+                raise PolytaskError(f"{folder / TENSORS}: {shown(path)} has no {file}")
 
     shift = _Shift(folder, pairs, sites)
     rslora = bool(config.get("use_rslora"))
@@ -233,16 +237,26 @@ def _lora_tensors(
                 f"{folder}: {path} has A {tuple(A.shape)} and B {tuple(B.shape)}, "
                 f"but the module reads {sites[names[0]].reads} and is {total} wide"
             )
+        if dora and tuple(pair["m"].shape) != (total,):
+            raise PolytaskError(
+                f"{folder}: {path}.lora_magnitude_vector has shape {tuple(pair['m'].shape)}, and the module is {total} "
+                "wide"
+            )
         columns = said.get("columns", {}).get(path)
         for name in names:
             if columns is not None and name not in columns:
                 continue
             start, stop = columns[name] if columns is not None else (0, rank)
             own_rows = B if sites[name].part is None else B[features_of(sites[name], sites)]
-            if columns is None and len(names) > 1 and not own_rows.any() and B.any():
+            if columns is None and not dora and len(names) > 1 and not own_rows.any() and B.any():
                 continue  # the exporter's zeros at a part that has no adapter
             learned[f"{name}/A"] = A[start:stop].contiguous()
             learned[f"{name}/B"] = own_rows[:, start:stop].contiguous()
+            if dora:
+                m = pair["m"]
+                learned[f"{name}/m"] = (
+                    m if sites[name].part is None else m[features_of(sites[name], sites)]
+                ).contiguous()
     hyperparameters: dict[str, Any] = {
         "r": r,
         "alpha": whole_number(alpha),

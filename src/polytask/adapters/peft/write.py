@@ -49,16 +49,18 @@ def export_peft(
     the head stays beside, in polytask's own file.
 
     Raises:
-        UsageError: the method is not LoRA or (IA)^3, or a site is not in `sites`.
+        UsageError: the method is not LoRA, DoRA or (IA)^3, or a site is not in `sites`.
         PolytaskError: PEFT cannot express it (a whole block's output, two vectors at one module), or the disk refuses.
     """
     folder = Path(folder)
-    if adapter.method not in ("lora", "ia3"):
-        raise UsageError(f"{adapter.name}: PEFT's format has no place for method {adapter.method}; only lora and ia3")
+    if adapter.method not in ("lora", "dora", "ia3"):
+        raise UsageError(
+            f"{adapter.name}: PEFT's format has no place for method {adapter.method}; only lora, dora and ia3"
+        )
     unknown = [site for site in adapter.sites if site not in sites]
     if unknown:
         raise UsageError(f"{adapter.name}: site {unknown[0]} is not in this backbone; pass the sites of its own one")
-    method_config = _lora_config if adapter.method == "lora" else _ia3_config
+    method_config = _ia3_config if adapter.method == "ia3" else _lora_config
     tensors, config, columns = method_config(adapter, sites, prefix)
 
     rest = {name: tensor for name, tensor in adapter.tensors.items() if name.rpartition("/")[0] in ("head", "task")}
@@ -120,6 +122,8 @@ def _lora_config(
         block = _block(adapter, names, sites)
         tensors[f"{PREFIX}{prefix}{path}.lora_A.weight"] = block.A
         tensors[f"{PREFIX}{prefix}{path}.lora_B.weight"] = block.B
+        if adapter.method == "dora":
+            tensors[f"{PREFIX}{prefix}{path}.lora_magnitude_vector"] = _magnitudes(adapter, path, names, sites)
         ranks[prefix + path] = block.A.shape[0]
         columns[prefix + path] = block.columns
 
@@ -138,7 +142,7 @@ def _lora_config(
         "rank_pattern": {path: rank for path, rank in ranks.items() if rank != usual},
         "alpha_pattern": {path: alphas[rank] for path, rank in ranks.items() if alphas[rank] != alphas[usual]},
         "use_rslora": rslora,
-        "use_dora": False,
+        "use_dora": adapter.method == "dora",
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -151,14 +155,32 @@ def _check_lora(adapter: Adapter, name: str, site: SiteLike) -> None:
     if site.point != "output":
         raise PolytaskError(f"{adapter.name}: PEFT has no LoRA at {name}, which is no module's output ({site.point})")
     found = adapter.at(name)
-    if set(found) != {"A", "B"}:
-        raise PolytaskError(f"{adapter.name}: {name} has {', '.join(found)}, where PEFT's LoRA has A and B")
+    wanted = {"A", "B", "m"} if adapter.method == "dora" else {"A", "B"}
+    if set(found) != wanted:
+        raise PolytaskError(
+            f"{adapter.name}: {name} has {', '.join(found)}, where PEFT's {'DoRA' if adapter.method == 'dora' else 'LoRA'} has "
+            f"{' and '.join(sorted(wanted))}"
+        )
     A, B = found["A"], found["B"]
     if A.ndim != 2 or tuple(A.shape) != (A.shape[0], site.reads) or tuple(B.shape) != (site.width, A.shape[0]):
         raise PolytaskError(
             f"{adapter.name}: {name} has A {tuple(A.shape)} and B {tuple(B.shape)}, "
             f"but the site reads {site.reads} and is {site.width} wide"
         )
+
+
+def _magnitudes(adapter: Adapter, path: str, names: list[str], sites: Mapping[str, SiteLike]) -> Tensor:
+    """A module's m from those of its parts. PEFT has one for all rows of the module."""
+    if sites[names[0]].part is None:
+        return adapter.at(names[0])["m"]
+    rows = torch.cat([features_of(sites[name], sites) for name in names])
+    if len(set(rows.tolist())) < whole_width(sites[names[0]].path, sites):
+        raise PolytaskError(
+            f"{adapter.name}: PEFT has DoRA for all of {path} or for none of it; train it with all sites of the module "
+            f"and not only {', '.join(names)}"
+        )
+    m = torch.cat([adapter.at(name)["m"] for name in names])
+    return torch.empty_like(m).index_copy(0, rows.to(m.device), m)
 
 
 class _Block(NamedTuple):
