@@ -1,4 +1,4 @@
-"""LoRA, DoRA and (IA)^3 adapters to and from the folder format of Hugging Face PEFT, which vLLM, LoRAX and others serve.
+"""LoRA, DoRA and (IA)^3 adapters to and from the folder format of Hugging Face PEFT, which vLLM and others serve.
 
 | polytask                          | PEFT                                                                        |
 |-----------------------------------|-----------------------------------------------------------------------------|

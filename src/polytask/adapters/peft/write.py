@@ -155,12 +155,9 @@ def _check_lora(adapter: Adapter, name: str, site: SiteLike) -> None:
     if site.point != "output":
         raise PolytaskError(f"{adapter.name}: PEFT has no LoRA at {name}, which is no module's output ({site.point})")
     found = adapter.at(name)
-    wanted = {"A", "B", "m"} if adapter.method == "dora" else {"A", "B"}
-    if set(found) != wanted:
-        raise PolytaskError(
-            f"{adapter.name}: {name} has {', '.join(found)}, where PEFT's {'DoRA' if adapter.method == 'dora' else 'LoRA'} has "
-            f"{' and '.join(sorted(wanted))}"
-        )
+    name_in_peft, wanted = ("DoRA", "A, B and m") if adapter.method == "dora" else ("LoRA", "A and B")
+    if set(found) != set(wanted) & set("ABm"):
+        raise PolytaskError(f"{adapter.name}: {name} has {', '.join(found)}, where PEFT's {name_in_peft} has {wanted}")
     A, B = found["A"], found["B"]
     if A.ndim != 2 or tuple(A.shape) != (A.shape[0], site.reads) or tuple(B.shape) != (site.width, A.shape[0]):
         raise PolytaskError(
