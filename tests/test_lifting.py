@@ -402,6 +402,44 @@ def test_a_strangers_method_of_one_equation_works_in_mixed_batches():
         del METHODS["shift"]
 
 
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "t5"])
+def test_a_site_of_a_whole_sublayer_reads_what_the_sublayer_reads(family):
+    """x of `mlp` is the input of its first map, y the output of its last; so for attention."""
+    backbone, batch = base(family), tiny.batch(3)
+    seen: dict[str, list[Tensor]] = {"x": [], "y": [], "read": [], "out": []}
+
+    @method("spy", place="activations", equation="y ← y", paper="test")
+    class Spy(Method):
+        sites: tuple[str, ...] = ("*.mlp", "*.attn")
+
+        def init(self, site, generator, frozen) -> Params:
+            return {"a": torch.zeros(site.width)}
+
+        def delta(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
+            seen["x"].append(x.detach())
+            seen["y"].append(y.detach())
+            return torch.zeros_like(y)
+
+    try:
+        spy = active(backbone, "spy", 1)
+        states(backbone, [spy], batch)
+    finally:
+        del METHODS["spy"]
+    sites = [site for name, site in backbone.sites.items() if name in spy.at]
+    assert len(sites) == len(seen["x"]) == 2 * len(backbone.blocks)
+    handles = []
+    for site in sites:
+        source, last = (backbone.model.get_submodule(path) for path in (site.source, site.path))
+        handles.append(source.register_forward_pre_hook(lambda _, args: seen["read"].append(args[0].flatten(0, 1))))
+        handles.append(last.register_forward_hook(lambda _, args, y: seen["out"].append(y.flatten(0, 1))))
+    states(backbone, [], batch)
+    for handle in handles:
+        handle.remove()
+    for found, right in ((seen["x"], seen["read"]), (seen["y"], seen["out"])):
+        for a, b in zip(found, right, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_dropout_is_for_training_alone():
     backbone, batch = base("bert"), tiny.batch(2)
     m = build("lora", {"dropout": 0.5})

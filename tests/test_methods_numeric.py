@@ -18,6 +18,7 @@ from polytask.adapters import HeadCard
 from polytask.backbones import Backbone, Batch, heads
 from polytask.errors import UsageError
 from polytask.methods import build
+from polytask.methods.compacter import kronecker
 from polytask.methods.lifting import Active, Plan
 from polytask.tasks import Example, Task
 
@@ -419,6 +420,71 @@ def test_doras_gradients_take_the_norms_for_constants():
         V = W + 2 * p["B"] @ p["A"]
         torch.testing.assert_close(p["m"].grad, (V @ x[0]) / V.norm(dim=1))
         torch.testing.assert_close(p["B"].grad, 2 * (p["m"] / V.norm(dim=1))[:, None] * (p["A"] @ x[0]))
+
+
+# -- parallel and Compacter by hand ------------------------------------------------------------------------------------
+
+
+def test_parallel_by_hand():
+    """D x + b_D = [1, −1], relu [1, 0], U [1, 0] + b_U = [2.5, 1], times s = 4."""
+    p = {
+        "D": torch.tensor([[1.0, 0.0], [0.0, -1.0]]),
+        "b_D": torch.tensor([0.0, 1.0]),
+        "U": torch.tensor([[2.0, 5.0], [1.0, 5.0]]),
+        "b_U": torch.tensor([0.5, 0.0]),
+    }
+    x, y = torch.tensor([[1.0, 2.0]]), torch.tensor([[100.0, 100.0]])
+    torch.testing.assert_close(build("parallel").delta(p, x, y), torch.tensor([[10.0, 4.0]]))
+
+
+def test_parallel_is_beside_the_whole_feed_forward_network():
+    """Of a pre-norm block: h = r + mlp(n) + s U relu(D n), n the normed residual stream."""
+    backbone = tiny.backbone("llama")
+    adapter = shaken(backbone, "parallel", sites=["0.mlp"])
+    p = adapter.at["0.mlp"]
+    block, batch = backbone.model.layers[0], tiny.batch(2)
+    with torch.no_grad():
+        normed: list[Tensor] = []
+        hook = block.mlp.register_forward_pre_hook(lambda _, args: normed.append(args[0]))
+        backbone.hidden(batch)
+        hook.remove()
+        beside = 4 * (F.relu(normed[0] @ p["D"].T + p["b_D"]) @ p["U"].T + p["b_U"])
+        hook = block.mlp.register_forward_hook(lambda _, args, out: out + beside)
+        expected = backbone.hidden(batch)
+        hook.remove()
+        found = Plan(backbone, [adapter]).hidden(batch)
+    torch.testing.assert_close(found[batch.mask], expected[batch.mask], rtol=1e-5, atol=1e-5)
+
+
+def test_compacter_by_hand():
+    """n = 2, rank one: the sum of two Kronecker products, and torch's own kron."""
+    C = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, -1.0], [1.0, 0.0]]])
+    s, t = torch.tensor([[1.0, 2.0], [0.5, -1.0]]), torch.tensor([[1.0, -1.0], [2.0, 1.0]])
+    H = torch.tensor([[1.0, -1, -1, -0.5], [2, -2, 2, 1], [1, 0.5, 1, -1], [-2, -1, 2, -2]])
+    torch.testing.assert_close(kronecker(C, s, t), H)
+    torch.testing.assert_close(sum(torch.kron(C[i], torch.outer(s[i], t[i])) for i in range(2)), H)
+
+
+def test_compacter_is_a_bottleneck_adapter_with_those_maps():
+    backbone = tiny.backbone("bert")
+    adapter = shaken(backbone, "compacter", reduction=4, n=2)
+    maps = {site: adapter.method.ready(dict(p), {}) for site, p in adapter.at.items()}
+    same = Active(build("bottleneck", {"reduction": 4}), maps)
+    batch = tiny.batch(3)
+    with torch.no_grad():
+        found, expected = (Plan(backbone, [a]).hidden(batch)[batch.mask] for a in (adapter, same))
+    torch.testing.assert_close(found, expected)
+
+
+def test_compacter_counts_and_refuses():
+    """2 maps of n³ + m + d numbers, and the biases, twice a block."""
+    backbone = tiny.backbone("bert")
+    d, m, n = 32, 8, 4
+    tensors = build("compacter", {"reduction": 4, "n": n}).start(backbone, 0)
+    count = sum(t.numel() for t in tensors.values()) / len(backbone.blocks)
+    assert count == 2 * (2 * (n**3 + m + d) + m + d)
+    with pytest.raises(UsageError, match=r"n = 5 does not divide the 32 features"):
+        build("compacter", {"n": 5}).start(backbone, 0)
 
 
 def test_a_method_that_reads_weights_needs_a_linear_map():

@@ -430,7 +430,7 @@ def _attention_sites(model: PreTrainedModel, name: str, block: str, attn: Attent
     o = f"{block}.{attn.o}"
     yield Site(f"{name}.heads", o, "input", heads, heads)
     yield Site(f"{name}.o", o, "output", heads, hidden)
-    yield Site(name, o, "stream", hidden, hidden)
+    yield Site(name, o, "across", _sizes(model, f"{block}.{attn.q}")[0], hidden, source=f"{block}.{attn.q}")
 
 
 def _mlp_sites(model: PreTrainedModel, name: str, block: str, stack: Stack) -> Iterator[Site]:
@@ -444,7 +444,7 @@ def _mlp_sites(model: PreTrainedModel, name: str, block: str, stack: Stack) -> I
     yield Site(f"{name}.up", f"{block}.{stack.up}", "output", reads, inner, part)
     yield Site(f"{name}.act", down, "input", inner, inner)
     yield Site(f"{name}.down", down, "output", inner, hidden)
-    yield Site(name, down, "stream", hidden, hidden)
+    yield Site(name, down, "across", reads, hidden, source=f"{block}.{stack.up}")
 
 
 def _blocklike(base: nn.Module) -> str:

@@ -7,6 +7,7 @@ site's *point*:
 |----------|----------------------------------------|---------------------|---------------------------------------|
 | `output` | the module's output                    | the module's input  | `3.attn.q`, `3.mlp.up`, `3.attn.o`    |
 | `stream` | the module's output                    | the same            | `embed`, `3` (a block's output)       |
+| `across` | the output of a sublayer               | its input           | `3.attn`, `3.mlp`                     |
 | `input`  | the module's first input               | the same            | `3.attn.heads`, `3.mlp.act`           |
 | `sum`    | the residual sum that a norm reads     | norm(y)             | `3.sum` of a model that norms after   |
 """
@@ -19,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Point = Literal["output", "stream", "input", "sum"]
+Point = Literal["output", "stream", "across", "input", "sum"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +59,4 @@ class Site:
     reads: int
     width: int
     part: Part | None = None
+    source: str = ""  # of `across`: the module whose first input is x

@@ -184,7 +184,9 @@ class Plan:
                     continue
                 module = self.backbone.model.get_submodule(site.path)
                 change = acting.changes[name] = self._change(site, groups, acting)
-                if site.point in ("output", "stream"):
+                if site.point == "across":
+                    handles += _across(self.backbone.model.get_submodule(site.source), module, change)
+                elif site.point in ("output", "stream"):
                     handles.append(module.register_forward_hook(_after(site, change)))
                 else:
                     handles.append(module.register_forward_pre_hook(_before(site, change, module)))
@@ -334,6 +336,18 @@ def _after(site: Site, change: Callable[[Tensor, Tensor], Tensor]) -> Callable[.
         return (new, *out[1:]) if isinstance(out, tuple) else new
 
     return hook
+
+
+def _across(source: nn.Module, module: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> list[Any]:
+    read: list[Tensor] = []
+
+    def begin(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        read[:] = args[:1]
+
+    def end(_module: nn.Module, _args: tuple[Any, ...], y: Tensor) -> Tensor:
+        return change(read.pop(), y)
+
+    return [source.register_forward_pre_hook(begin), module.register_forward_hook(end)]
 
 
 def _before(site: Site, change: Callable[[Tensor, Tensor], Tensor], module: nn.Module) -> Callable[..., Any]:

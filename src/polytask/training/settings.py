@@ -11,7 +11,16 @@ from polytask.tasks import Task
 
 # Peak learning rate by method, for AdamW with the head warm-started from a probe; the values that did best on the
 # validation splits of the development tasks with the embedded encoder.
-LEARNING_RATES = {"lora": 2e-3, "dora": 2e-3, "bottleneck": 1e-3, "pfeiffer": 1e-3, "ia3": 1e-2, "full": 1e-4}
+LEARNING_RATES = {
+    "lora": 2e-3,
+    "dora": 2e-3,
+    "bottleneck": 1e-3,
+    "pfeiffer": 1e-3,
+    "parallel": 1e-3,
+    "compacter": 3e-3,
+    "ia3": 1e-2,
+    "full": 1e-4,
+}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 | LoRA `<site>/A` [r, in]           | `base_model.model.<path>.lora_A.weight` [r, in]                             |
 | LoRA `<site>/B` [out, r]          | `base_model.model.<path>.lora_B.weight` [out, r]                            |
 | alpha / r, or alpha / √r (rslora) | `lora_alpha`, `r`, `use_rslora`, and by module `alpha_pattern`, `rank_pattern` |
+| DoRA `<site>/m` [out]             | `base_model.model.<path>.lora_magnitude_vector` [out]                       |
 | (IA)^3 `<site>/l` at an output    | `<path>.ia3_l` [out, 1]                                                     |
 | (IA)^3 `<site>/l` at an input     | `<path>.ia3_l` [1, in], the path also in `feedforward_modules`              |
 | head, `task/mean`, card           | `polytask_head.safetensors`, `polytask_head.json`: PEFT does not read them  |
