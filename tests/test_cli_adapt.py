@@ -19,7 +19,7 @@ from polytask.cli.predict import batches
 from polytask.library import Library
 
 FIELDS = {
-    *("adapter", "name", "task", "base", "method", "metric", "score", "interval", "split", "baseline"),
+    *("adapter", "name", "task", "kind", "base", "method", "metric", "score", "interval", "split", "baseline"),
     *("trainable_params", "backbone_params", "seconds", "bytes", "sizes", "notes", "library"),
 }
 ANSWER = {"input", "pair", "output", "probability", "adapter", "name", "routed"}

@@ -14,7 +14,7 @@ from jobs import LORA, job_of, same, task_of
 from polytask.backbones import load
 from polytask.backbones.backbone import fingerprint
 from polytask.tasks import Example, Label, Task
-from polytask.training import Event, train
+from polytask.training import Event, Settings, train
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,13 @@ def test_the_rate_rises_and_falls_in_straight_lines(backbone, monkeypatch):
     # 20 steps, 4 of them rising.
     share = [1 / 4, 2 / 4, 3 / 4, 1.0, *[(20 - t) / 16 for t in range(4, 20)]]
     assert np.allclose(seen, [(0.01 * s, 0.002 * s) for s in share])
+
+
+def test_the_default_rate_falls_with_the_width_above_that_of_the_embedded_encoder():
+    own = Settings()
+    assert [own.rate("lora", width) for width in (32, 384, 768, 3840)] == pytest.approx([2e-3, 2e-3, 1e-3, 2e-4])
+    assert own.rate("of a stranger", 768) == pytest.approx(5e-4)
+    assert Settings(lr=0.03).rate("lora", 3840) == 0.03
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -160,6 +160,7 @@ def report(adapter: Adapter, library: Path) -> dict[str, Any]:
         "adapter": adapter.id,
         "name": adapter.name,
         "task": card.task.name,
+        "kind": card.task.kind,
         "base": adapter.backbone.name,
         "method": adapter.method,
         "metric": card.task.metric,

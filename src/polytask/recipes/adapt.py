@@ -135,7 +135,7 @@ def _finish(base: Backbone, plan: Plan, job: Job, learned: Learned) -> Adapter:
         recipe={
             "recipe": "adapt",
             "method": plan.method,
-            "settings": vars(job.settings) | {"lr": job.settings.rate(name)},
+            "settings": vars(job.settings) | {"lr": job.settings.rate(name, base.hidden_size)},
             "history": learned.history,
         },
         notes=tuple(notes),

@@ -103,7 +103,7 @@ def _measure(
         method=method,
         seed=settings.seed,
         hyperparameters=dict(adapter.hyperparameters),
-        lr=settings.rate(method),
+        lr=card.recipe["settings"]["lr"],
         scores=dict(card.scores),
         history=tuple(card.recipe["history"]),
         trained_parameters=card.trained_parameters,

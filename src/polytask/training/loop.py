@@ -292,7 +292,7 @@ class Loop:
         own = {name: t.requires_grad_() for name, t in learner.tensors.items()}
         inner = [t for name, t in own.items() if not name.startswith("head/")]
         outer = [t for name, t in own.items() if name.startswith("head/")]
-        rate = settings.rate(learner.job.method.name)
+        rate = settings.rate(learner.job.method.name, self.backbone.hidden_size)
         learner.optimiser = torch.optim.AdamW(
             [
                 {"params": inner, "lr": rate, "peak": rate, "weight_decay": settings.weight_decay},
@@ -352,7 +352,7 @@ class Loop:
             if not math.isfinite(value):
                 raise PolytaskError(
                     f"task {learner.job.task.name}: the {what} became {value} at step {learner.step + 1}; "
-                    f"try a smaller lr than {settings.rate(learner.job.method.name):g}"
+                    f"try a smaller lr than {settings.rate(learner.job.method.name, self.backbone.hidden_size):g}"
                 )
         warm = max(1.0, settings.warmup * learner.steps)
         t = learner.step

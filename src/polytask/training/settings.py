@@ -10,7 +10,9 @@ from polytask.methods import Method
 from polytask.tasks import Task
 
 # Peak learning rate by method, for AdamW with the head warm-started from a probe; the values that did best on the
-# validation splits of the development tasks with the embedded encoder.
+# validation splits of the development tasks with the embedded encoder, whose width is WIDTH. Wider models need smaller
+# ones: the rate falls as 1 / width, as for hidden weights in Yang et al. 2022 (arXiv 2203.03466).
+WIDTH = 384
 LEARNING_RATES = {
     "lora": 2e-3,
     "dora": 2e-3,
@@ -25,12 +27,12 @@ LEARNING_RATES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """lr: peak rate of the method's tensors (None: the method's own default). head_lr: of the head's. epochs: at most
-    (None: about 400 steps' worth, from 5 to 20). batch: examples a step. warmup: share of the steps over which the
-    rate rises, before it falls to zero in a straight line. weight_decay: AdamW's, on the method's tensors. clip:
-    largest gradient norm. patience: evaluations without a better validation score before it stops. balanced: weigh
-    classes by their rarity. limit: tokens a text is cut to (None: 256, and 512
-    for a prompt with its answer).
+    """lr: peak rate of the method's tensors (None: the method's own default, less for wide models). head_lr: of the
+    head's. epochs: at most (None: about 400 steps' worth, from 5 to 20). batch: examples a step. warmup: share of the
+    steps over which the rate rises, before it falls to zero in a straight line. weight_decay: AdamW's, on the method's
+    tensors. clip: largest gradient norm. patience: evaluations without a better validation score before it stops.
+    balanced: weigh classes by their rarity. limit: tokens a text is cut to (None: 256, and 512 for a prompt with its
+    answer).
     """
 
     lr: float | None = None
@@ -61,8 +63,9 @@ class Settings:
         """What a text that a head reads is cut to."""
         return self.limit or 256
 
-    def rate(self, method: str) -> float:
-        return self.lr if self.lr is not None else LEARNING_RATES.get(method, 1e-3)
+    def rate(self, method: str, width: int = WIDTH) -> float:
+        """The peak rate of a method's tensors, on a backbone whose hidden states have `width` features."""
+        return self.lr if self.lr is not None else LEARNING_RATES.get(method, 1e-3) * min(1.0, WIDTH / width)
 
 
 @dataclass(frozen=True)
