@@ -89,7 +89,8 @@ def test_the_start_is_the_backbone_and_other_tensors_are_not(family, name):
     backbone, batch = base(family), tiny.batch(3)
     m = build(name)
     plain = backbone.hidden(batch)
-    assert torch.equal(states(backbone, [Active.of(m, m.start(backbone, 0))], batch), plain)
+    if name != "kasa":  # which starts without the smallest singular values: see test_methods_numeric
+        assert torch.equal(states(backbone, [Active.of(m, m.start(backbone, 0))], batch), plain)
     moved = states(backbone, [active(backbone, name)], batch)
     assert (moved - plain)[batch.mask].abs().max() > 1e-3
     assert torch.equal(states(backbone, [active(backbone, name)], batch, torch.zeros(3, 1)), plain)
@@ -100,12 +101,14 @@ def test_the_start_is_the_backbone_and_other_tensors_are_not(family, name):
 def test_gradients_reach_the_methods_tensors_and_nothing_else(family, name):
     backbone, batch = base(family), tiny.batch(3)
     m = build(name)
-    tensors = {n: t.requires_grad_() for n, t in shaken(m, backbone).items()}
+    tensors = {n: t.requires_grad_() if m.trains(n) else t for n, t in shaken(m, backbone).items()}
     h = Plan(backbone, [Active.of(m, tensors)], training=True).hidden(batch)
     h[batch.mask].square().sum().backward()
     # A shift of all keys moves all scores of a query alike, and softmax does not see it.
     shifts = {n for n in tensors if n.endswith(("key/bias", "k_proj/bias", "k_lin/bias"))}
     for n, t in tensors.items():
+        if not m.trains(n):
+            continue
         assert t.grad is not None, n
         assert (t.grad.abs().max() > 0) or n in shifts, n
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polytask.adapters import HeadCard
-from polytask.backbones import Backbone, Batch, heads
+from polytask.backbones import Backbone, Batch, Site, heads
 from polytask.errors import UsageError
 from polytask.methods import build
 from polytask.methods.compacter import kronecker
@@ -490,3 +490,49 @@ def test_compacter_counts_and_refuses():
 def test_a_method_that_reads_weights_needs_a_linear_map():
     with pytest.raises(UsageError, match=r"site 0 is not the output of a linear map"):
         build("dora", {"sites": ["0"]}).start(tiny.backbone("llama"), 0)
+
+
+# -- KaSA against PEFT, and by hand ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_kasa_is_pefts_and_so_is_its_penalty(family):
+    backbone = tiny.backbone(family)
+    sites = LORA_SITES[family]
+    hyper = {"r": 3, "alpha": 5, "beta": 0.3, "gamma": 0.2, "sites": sites}
+    m = build("kasa", hyper)
+    draw = torch.Generator().manual_seed(1)
+    tensors = {
+        n: t + 0.1 * torch.randn(t.shape, generator=draw) if m.trains(n) else t for n, t in m.start(backbone, 0).items()
+    }
+    adapter = Active.of(m, tensors)
+    paths = {site: backbone.sites[site].path for site in adapter.at}
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=list(paths.values()), kasa_config=peft.KasaConfig(beta=0.3, gamma=0.2)
+    )
+    model = peft.get_peft_model(copy.deepcopy(backbone.model), config).eval()
+    for site, p in adapter.at.items():
+        module = model.base_model.model.get_submodule(paths[site])
+        module.lora_A["default"].weight.data = p["A"]
+        module.lora_B["default"].weight.data = p["B"]
+        module.lora_diag["default"].data = p["d"]
+    agree(backbone, adapter, model.base_model.model)
+    ours = sum(float(m.penalty(dict(p))) for p in adapter.at.values())
+    assert ours == pytest.approx(float(model._get_kasa_loss().detach()), rel=1e-5)
+
+
+def test_kasa_by_hand():
+    """W = diag(3, 2, 1) loses its 1; B diag(0.5) A times s = 2 adds (0, 1, 1)ᵀ (1, 1, 0)."""
+    W = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    m = build("kasa", {"r": 1, "alpha": 2, "beta": 1.0, "gamma": 1.0})
+    site = Site("0.attn.q", "", "output", 3, 3)
+    p = m.init(site, torch.Generator().manual_seed(0), {"W": W, "b": torch.zeros(())})
+    torch.testing.assert_close(p["U"] @ p["V"].T, torch.diag(torch.tensor([0.0, 0.0, 1.0])))
+    p |= {"A": torch.tensor([[1.0, 1.0, 0.0]]), "B": torch.tensor([[0.0], [1.0], [1.0]]), "d": torch.tensor([0.5])}
+    x = torch.eye(3)
+    y = x @ W.T
+    effective = (y + m.delta(m.ready(p, {}), x, y)).T
+    torch.testing.assert_close(effective, torch.tensor([[3.0, 0, 0], [1, 3, 0], [1, 1, 0]]))
+    assert float(m.penalty(p)) == pytest.approx(0.25 + 1 + 1)
+    with pytest.raises(UsageError, match=r"r = 4 is more than the 3"):
+        build("kasa", {"r": 4}).init(site, torch.Generator(), {"W": W, "b": torch.zeros(())})

@@ -14,7 +14,7 @@ from torch import Tensor
 from polytask.adapters import HeadCard
 from polytask.backbones import Backbone, heads
 from polytask.errors import PolytaskError
-from polytask.methods import passes
+from polytask.methods import build, passes
 from polytask.methods.lifting import Active, Plan
 from polytask.tasks import Label, Task
 from polytask.training import Event, Job, Learned, checkpoint, loop, probe, train
@@ -117,3 +117,19 @@ def test_a_loss_or_gradient_that_is_no_number_is_one_line(backbone, tmp_path, mo
     with pytest.raises(PolytaskError, match="the loss became nan at step 2") as caught:
         train(backbone, [job_of(task, epochs=5)])
     one_line(caught.value)
+
+
+def test_a_methods_own_penalty_and_fixed_tensors_are_minded(backbone):
+    """KaSA's: with a large weight the singular values shrink, and what is fixed stays as it was."""
+    hyper = {"r": 2, "sites": ["*.attn.q"]}
+    start = build("kasa", hyper).start(backbone, 0)
+    sizes = {}
+    for beta in (0.0, 5.0):
+        learned = train(backbone, [job_of(task_of(held=0), "kasa", {**hyper, "beta": beta}, epochs=9, lr=0.05)])[0]
+        sizes[beta] = sum(float(t.square().sum()) for n, t in learned.tensors.items() if n.endswith("/d"))
+        for n, t in learned.tensors.items():
+            if n.endswith(("/U", "/V")):
+                assert torch.equal(t, start[n])
+            elif n in start:
+                assert not torch.equal(t, start[n])
+    assert sizes[5.0] < 0.5 * sizes[0.0]

@@ -39,6 +39,8 @@ class Method:
     swaps: ClassVar[bool] = False
     precise: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False
+    fixed: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that are kept with the others and not trained."""
 
     sites: tuple[str, ...] = ()
     dropout: float = 0.0
@@ -57,6 +59,15 @@ class Method:
     def delta(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
         """Δ [T, width] for one row, from this site's tensors `p`, what the site reads x [T, reads], its value y."""
         raise NotImplementedError(type(self).__name__)
+
+    def penalty(self, p: Params) -> Tensor | None:
+        """What training adds to the loss for one site's tensors."""
+        return None
+
+    def trains(self, name: str) -> bool:
+        """Whether the tensor `<site>/<parameter>` is trained."""
+        site, _, parameter = name.rpartition("/")
+        return site == "head" or parameter not in self.fixed
 
     def start(self, backbone: Backbone, seed: int, *, writing: bool = False) -> dict[str, Tensor]:
         """All tensors before training, named `<site>/<parameter>`; `writing` is for an answer in text.

@@ -115,6 +115,7 @@ def _finish(base: Backbone, plan: Plan, job: Job, learned: Learned) -> Adapter:
             name, tensors = "head", learned.probe_tensors
             hyperparameters = build("head").hyperparameters()
             notes.append(f"auto chose {before}: {said}")
+    trains = build(name, hyperparameters).trains
     kept = {n: t.detach().float().cpu().contiguous() for n, t in tensors.items()}
     baseline = {n: t.detach().float().cpu().contiguous() for n, t in learned.probe_tensors.items()}
     inputs = [e.text for e in task.train]
@@ -130,7 +131,7 @@ def _finish(base: Backbone, plan: Plan, job: Job, learned: Learned) -> Adapter:
         lineage=Lineage(data=data.sha256, made_by=f"polytask {polytask.__version__}"),
         licence=task.licence,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        trained_parameters=sum(t.numel() for t in kept.values()),
+        trained_parameters=sum(t.numel() for n, t in kept.items() if trains(n)),
         seconds=round(learned.seconds, 3),
         recipe={
             "recipe": "adapt",

@@ -233,6 +233,15 @@ def _probe(backbone: Backbone, learner: Learner) -> None:
     learner.tensors |= {name: softer * t for name, t in learner.probe_tensors.items()}
 
 
+def _penalise(learner: Learner) -> None:
+    """Add the gradients of what the method itself adds to the loss."""
+    method = learner.job.method
+    terms = [method.penalty(dict(p)) for p in Active.of(method, learner.tensors).at.values()]
+    found = [term for term in terms if term is not None]
+    if found:
+        torch.stack(found).sum().backward()  # type: ignore[no-untyped-call]
+
+
 def _fit(log_p: Sequence[Tensor]) -> float:
     """How well answers are predicted: the geometric mean of their tokens' probabilities, exp(−loss)."""
     return math.exp(float(torch.cat([*log_p]).mean())) if log_p else 0.0
@@ -289,10 +298,11 @@ class Loop:
     def _open(self, learner: Learner) -> None:
         """Make the learner's tensors trainable and give them an optimiser."""
         settings = learner.job.settings
-        own = {name: t.requires_grad_() for name, t in learner.tensors.items()}
+        method = learner.job.method
+        own = {name: t.requires_grad_() for name, t in learner.tensors.items() if method.trains(name)}
         inner = [t for name, t in own.items() if not name.startswith("head/")]
         outer = [t for name, t in own.items() if name.startswith("head/")]
-        rate = settings.rate(learner.job.method.name, self.backbone.hidden_size)
+        rate = settings.rate(method.name, self.backbone.hidden_size)
         learner.optimiser = torch.optim.AdamW(
             [
                 {"params": inner, "lr": rate, "peak": rate, "weight_decay": settings.weight_decay},
@@ -329,6 +339,8 @@ class Loop:
                 total = total + loss
             total.backward()  # type: ignore[no-untyped-call]
         for learner in active:
+            if self._rank == 0:
+                _penalise(learner)
             self._update(learner)
 
     def _loss_terms(self, learner: Learner, batch: Sequence[int]) -> int:

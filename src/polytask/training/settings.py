@@ -16,6 +16,7 @@ WIDTH = 384
 LEARNING_RATES = {
     "lora": 2e-3,
     "dora": 2e-3,
+    "kasa": 2e-3,
     "bottleneck": 1e-3,
     "pfeiffer": 1e-3,
     "parallel": 1e-3,
