@@ -36,18 +36,18 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
 def test_the_method_in_contributing_works_as_it_stands_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written to a file, imported, started, run in a mixed batch, and tested by the test that the page gives."""
     code, test = blocks("CONTRIBUTING.md", "python")[:2]
-    (tmp_path / "bitfit.py").write_text(code, encoding="utf-8")
+    (tmp_path / "red.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     before = dict(METHODS)
     try:
-        importlib.import_module("bitfit")
+        importlib.import_module("red")
         names: dict[str, object] = {"torch": torch, "build": build}
         exec(test, names)
-        names["test_bitfit_adds_its_bias"]()  # type: ignore[operator]
+        names["test_red_by_hand"]()  # type: ignore[operator]
 
-        backbone, batch, method = tiny.backbone("bert"), tiny.batch(2), build("bitfit")
+        backbone, batch, method = tiny.backbone("bert"), tiny.batch(2), build("red")
         tensors = method.start(backbone, 0)
-        assert len(tensors) == 3 * 6
+        assert len(tensors) == 3 * 2
         shifted = [Active.of(method, {n: t + shift for n, t in tensors.items()}) for shift in (0.1, -0.2)]
         with torch.no_grad():
             both = Plan(backbone, shifted).hidden(batch, torch.eye(2))
@@ -55,7 +55,7 @@ def test_the_method_in_contributing_works_as_it_stands_there(tmp_path: Path, mon
                 alone = Plan(backbone, [shifted[i]]).hidden(batch)
                 torch.testing.assert_close(both[i][batch.mask[i]], alone[i][batch.mask[i]], rtol=1e-5, atol=1e-5)
     finally:
-        sys.modules.pop("bitfit", None)
+        sys.modules.pop("red", None)
         METHODS.clear()
         METHODS.update(before)
 

@@ -422,6 +422,16 @@ def test_doras_gradients_take_the_norms_for_constants():
         torch.testing.assert_close(p["B"].grad, 2 * (p["m"] / V.norm(dim=1))[:, None] * (p["A"] @ x[0]))
 
 
+def test_bitfit_is_a_longer_bias():
+    backbone = tiny.backbone("bert")
+    adapter = shaken(backbone, "bitfit")
+    model = copy.deepcopy(backbone.model)
+    with torch.no_grad():
+        for site, p in adapter.at.items():
+            model.get_submodule(backbone.sites[site].path).bias += p["b"]
+    agree(backbone, adapter, model)
+
+
 # -- parallel and Compacter by hand ------------------------------------------------------------------------------------
 
 

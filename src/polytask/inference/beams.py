@@ -112,6 +112,5 @@ class Beams(Writer):
                 search.ways.append(way)
             elif rank < b and (score := total / len(way.pieces) ** α) > search.score:
                 search.best, search.score = way, score
-        longest = before[0].row.room + 1  # with the token that ends it
-        if search.ways and search.ways[0].total / longest**α <= search.score:
+        if search.ways and search.ways[0].total / search.ways[0].row.room ** α <= search.score:
             search.ways = []

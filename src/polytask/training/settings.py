@@ -22,6 +22,7 @@ LEARNING_RATES = {
     "parallel": 1e-3,
     "compacter": 3e-3,
     "ia3": 1e-2,
+    "bitfit": 1e-2,
     "full": 1e-4,
 }
 
