@@ -254,7 +254,7 @@ WRONG: dict[str, tuple[Callable[[Adapter], Adapter], str]] = {
     "no head's weight": (edited(lambda t: t.pop("head/W")), "head/W"),
     "no head's offset": (edited(lambda t: t.pop("head/b")), "head/b"),
     "another tensor of the head": (edited(lambda t: t.update({"head/c": torch.zeros(1)})), "head/c"),
-    "an unknown method": (lambda a: replace(a, method="dora"), "no method 'dora'"),
+    "an unknown method": (lambda a: replace(a, method="nosuch"), "no method 'nosuch'"),
 }
 
 
