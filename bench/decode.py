@@ -25,7 +25,10 @@ from polytask.methods import build
 from polytask.methods.lifting import Active, Plan
 
 ROWS, ADAPTERS, NEW = 32, 8, 64
-SITES = {"all": ("*.attn.*", "*.mlp.*"), "q, v": ("*.attn.q", "*.attn.v")}
+SITES = {
+    "all": ("*.attn.[qkvo]", "*.mlp.gate", "*.mlp.up", "*.mlp.down"),
+    "q, v": ("*.attn.q", "*.attn.v"),
+}
 MODULES = {
     "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "q, v": ("q_proj", "v_proj"),

@@ -5,14 +5,18 @@
 
 It computes what the Hugging Face modules compute, without modules: in a step of a small model most time goes into
 calling them, into copies of keys and into norms of six operations. Adapters act at the same sites in the same order
-(`changes`), since no module runs that a hook could stand at. Llama (Touvron et al. 2023, arXiv 2302.13971) and what is
-built like it: Mistral, Qwen 2 and 3.
+(`changes`), since no module runs that a hook could stand at.
+
+In a small model the maps that read the same x are one product, and where adapters are of low rank, Δ = B (m ∘ A x),
+their A's join it and their B's are one product too, a block for each map: [y; h] = [W; A] x, y ← y + B (m ∘ h).
+
+Llama (Touvron et al. 2023, arXiv 2302.13971) and what is built like it: Mistral, Qwen 2 and 3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +26,20 @@ from polytask.backbones.backbone import Backbone
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
-Change = Callable[[Tensor, Tensor], Tensor]  # (x, y) at a site → y with the adapters' differences
+JOINED = 1 << 29  # bytes of weights up to which a second, joined copy is made
+
+# A [ρ, reads], B [width, ρ], m [rows, 1, ρ] or None where it is all ones
+LowRank = tuple[Tensor, Tensor, Tensor | None]
+
+
+class Change(Protocol):
+    """What the adapters do at a site."""
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """y with the adapters' differences."""
+
+    def low_rank(self) -> LowRank | None:
+        """The difference as B (m ∘ A x), if that is what it is."""
 
 
 class Lean:
@@ -36,6 +53,9 @@ class Lean:
         self.eps: float = config.rms_norm_eps
         self.kinds: Sequence[str] = getattr(config, "layer_types", None) or ["full_attention"] * len(self.layers)
         self.head_width: int = self.layers[0].self_attn.head_dim
+        self.joins = backbone.parameters * backbone.dtype.itemsize <= JOINED
+        self._products: dict[tuple[int, str], _Product] = {}
+        self._masks: dict[tuple[int, ...], tuple[list[Tensor], Tensor]] = {}
 
     @staticmethod
     def fits(backbone: Backbone) -> bool:
@@ -60,11 +80,8 @@ class Lean:
         for i, block in enumerate(self.layers):
             attn, mlp = block.self_attn, block.mlp
             n = self._norm(x, block.input_layernorm.weight)
-            q, k, v = (
-                at(f"{i}.attn.{name}", n, F.linear(n, part.weight, part.bias))
-                for name, part in (("q", attn.q_proj), ("k", attn.k_proj), ("v", attn.v_proj))
-            )
-            q, k, v = (t.view(S, 1, -1, D) for t in (q, k, v))
+            three = self._maps(i, {"attn.q": attn.q_proj, "attn.k": attn.k_proj, "attn.v": attn.v_proj}, n, changes)
+            q, k, v = (t.view(S, 1, -1, D) for t in three)
             if hasattr(attn, "q_norm"):  # Qwen 3
                 q, k = self._norm(q, attn.q_norm.weight), self._norm(k, attn.k_norm.weight)
             H = q.shape[2]
@@ -76,25 +93,87 @@ class Lean:
             h = F.scaled_dot_product_attention(shared, keys, values, attn_mask=seen, scale=attn.scaling)
             h = h.reshape(S, 1, H * D)
             h = at(f"{i}.attn.heads", h, h)
-            y = at(f"{i}.attn.o", h, F.linear(h, attn.o_proj.weight, attn.o_proj.bias))
+            [y] = self._maps(i, {"attn.o": attn.o_proj}, h, changes)
             x = x + at(f"{i}.attn", n, y)
             n = self._norm(x, block.post_attention_layernorm.weight)
-            gate = at(f"{i}.mlp.gate", n, F.linear(n, mlp.gate_proj.weight, mlp.gate_proj.bias))
-            up = at(f"{i}.mlp.up", n, F.linear(n, mlp.up_proj.weight, mlp.up_proj.bias))
+            gate, up = self._maps(i, {"mlp.gate": mlp.gate_proj, "mlp.up": mlp.up_proj}, n, changes)
             a = F.silu(gate) * up
             a = at(f"{i}.mlp.act", a, a)
-            y = at(f"{i}.mlp.down", a, F.linear(a, mlp.down_proj.weight, mlp.down_proj.bias))
+            [y] = self._maps(i, {"mlp.down": mlp.down_proj}, a, changes)
             x = x + at(f"{i}.mlp", n, y)
             x = at(f"{i}.sum", x, x)
             x = at(f"{i}", x, x)
         x = self._norm(x, self.norm)
         return at("head", x, x)
 
+    def _maps(self, i: int, maps: Mapping[str, Any], x: Tensor, changes: Mapping[str, Change]) -> Sequence[Tensor]:
+        """What block i's linear maps by these names make of x [S, 1, reads], with the adapters' differences."""
+        here = [changes.get(f"{i}.{name}") for name in maps]
+        if not self.joins:
+            values = [F.linear(x, linear.weight, linear.bias) for linear in maps.values()]
+            return [y if change is None else change(x, y) for change, y in zip(here, values, strict=True)]
+        low = [None if change is None else change.low_rank() for change in here]
+        key = (i, next(iter(maps)))
+        product = self._products.get(key)
+        if product is None or not product.of(low):
+            product = self._products[key] = _Product(list(maps.values()), low)
+        out = F.linear(x, product.W, product.b)
+        if product.B is not None:
+            y, h = out[:, 0, : product.width], out[:, 0, product.width :]
+            m = self._mask([found for found in low if found is not None])
+            out = torch.addmm(y, h if m is None else h * m, product.B)[:, None]
+        parts = torch.split(out, product.widths, -1)
+        return [
+            change(x, y) if change is not None and found is None else y
+            for change, found, y in zip(here, low, parts, strict=True)
+        ]
+
+    def _mask(self, low: Sequence[LowRank]) -> Tensor | None:
+        """The m's of maps side by side: [S, Σρ]."""
+        known = [m for _, _, m in low if m is not None]
+        if not known:
+            return None
+        key = tuple(-len(A) if m is None else id(m) for A, _, m in low)
+        if key not in self._masks:
+            if len(self._masks) > 64:  # rows have joined and left since
+                self._masks.clear()
+            ones = [known[0].new_ones(len(known[0]), 1, len(A)) if m is None else m for A, _, m in low]
+            self._masks[key] = (known, torch.cat(ones, -1)[:, 0])
+        return self._masks[key][1]
+
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """x / √(mean x² + ε) · weight; the root in fp32. On a CPU a third of the time of `F.rms_norm` in bf16."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale: Tensor = (length.square() / x.shape[-1] + self.eps).rsqrt()
         return (x * scale).to(x.dtype) * weight
+
+
+class _Product:
+    """Linear maps that read the same x, and the differences of those with a low rank, as two matrices: W [Σwidth + Σρ,
+    reads] with b, and B [Σρ, Σwidth]."""
+
+    def __init__(self, maps: Sequence[Any], low: Sequence[LowRank | None]) -> None:
+        self.made_from = [None if found is None else found[0] for found in low]
+        self.widths = [len(linear.weight) for linear in maps]
+        self.width = sum(self.widths)
+        found = [(part[0], part[1]) for part in low if part is not None]
+        self.W = torch.cat([*(linear.weight for linear in maps), *(A for A, _ in found)])
+        self.b = None
+        if any(linear.bias is not None for linear in maps):
+            self.b = self.W.new_zeros(len(self.W))
+            for linear, part in zip(maps, torch.split(self.b[: self.width], self.widths), strict=True):
+                if linear.bias is not None:
+                    part.copy_(linear.bias)
+        self.B = None
+        if found:
+            blocks = [
+                self.W.new_zeros(w, 0) if part is None else part[1] for w, part in zip(self.widths, low, strict=True)
+            ]
+            self.B = torch.block_diag(*blocks).T.contiguous()  # type: ignore[no-untyped-call]
+
+    def of(self, low: Sequence[LowRank | None]) -> bool:
+        """Whether it was made from these."""
+        return all(A is (None if part is None else part[0]) for A, part in zip(self.made_from, low, strict=True))
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

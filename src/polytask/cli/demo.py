@@ -59,7 +59,8 @@ def demo(
     tasks = [Task.read(HERE / name) for name in (WRITTEN if generate else READ)]
     backbone = load("polytask-base" if generate else "minilm")
     reading = Reading(in_text="yes" if generate else "auto")
-    plans = [Plan(task, settings=Settings(epochs=12), reading=reading) for task in tasks]
+    own = {"home": Settings(epochs=16, batch=8), "tickets": Settings(epochs=6, batch=16)} if generate else {}
+    plans = [Plan(t, settings=own.get(t.name, Settings(epochs=12)), reading=reading) for t in tasks]
     kept = Library(library)
     folder = folder_for(library, backbone, plans)
     with resumable(folder), Progress([t.name for t in tasks], quiet=quiet or json) as progress:

@@ -15,7 +15,8 @@ Three ways to compute the sum, all tested equal:
 * a method's own `mix`, a hand-tuned path (LoRA).
 
 Methods with `swaps` change weights instead: rows with equal weights on such adapters share a pass with θ + Σ w Δθ. So
-do rows whose adapters act where a module also runs on something that all rows share (`Backbone.rowless`).
+do rows whose adapters act where a module also runs on something that all rows share (`Backbone.rowless`). Rows of an
+`opaque` adapter have a pass of their own inside of it, and no weight but one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch.nn import functional as F
 
 from polytask.backbones import Backbone, Batch, Site
 from polytask.backbones.frame import unembed
-from polytask.errors import PolytaskError
+from polytask.errors import PolytaskError, UsageError
 from polytask.methods.method import Method, Params
 
 GATHER_LIMIT = 1 << 16  # numbers per adapter and site above which tensors are not copied per row
@@ -70,10 +71,12 @@ class Plan:
         self.training = training
         self.swapping = [k for k, a in enumerate(self.adapters) if a.method.swaps]
         rowless = backbone.rowless
-        self.apart = [k for k, a in enumerate(self.adapters) if a.method.swaps or not rowless.isdisjoint(a.at)]
+        self.opaque = [k for k, a in enumerate(self.adapters) if a.method.opaque]
+        alone = {*self.swapping, *self.opaque}
+        self.apart = [k for k, a in enumerate(self.adapters) if k in alone or not rowless.isdisjoint(a.at)]
         self.groups: dict[str, list[Group]] = {}
         for k, adapter in enumerate(self.adapters):
-            if adapter.method.swaps:
+            if k in alone:
                 continue
             for site, params in adapter.at.items():
                 if site not in backbone.sites:
@@ -86,9 +89,9 @@ class Plan:
                         group.add(k, adapter.method, params)
                         break
                 else:
-                    groups.append(Group(k, adapter.method, params, self.backbone, site))
+                    groups.append(Group(k, adapter.method, params, self.backbone, site, training=training))
 
-    def hidden(self, batch: Batch, weights: Tensor | None = None, *, causal: bool = True) -> Tensor:
+    def hidden(self, batch: Batch, weights: Tensor | None = None, *, causal: bool | str = True) -> Tensor:
         """Last hidden states [R, T, d]. `weights` [R, K] fp32; None gives every row the first adapter, if any.
 
         Rows whose weights are all zero get the backbone's own states.
@@ -140,10 +143,20 @@ class Plan:
     def together(self, weights: Tensor) -> list[Tensor]:
         """Which rows of weights [R, K] may share a pass, as lists of rows: those that agree on the adapters that
         change whole weights or act on what all rows share."""
+        self.allow(weights)
         if not self.apart:
             return [torch.arange(len(weights), device=weights.device)]
         kinds, which = torch.unique(weights[:, self.apart], dim=0, return_inverse=True)
         return [(which == i).nonzero()[:, 0] for i in range(len(kinds))]
+
+    def allow(self, weights: Tensor) -> None:
+        """Raise UsageError where a row of weights [R, K] has an opaque adapter and anything else."""
+        for k in self.opaque:
+            rows = weights[weights[:, k] != 0]
+            if bool((rows[:, k] != 1).any()) or bool((rows.count_nonzero(dim=1) > 1).any()):
+                raise UsageError(
+                    f"an adapter by {self.adapters[k].method.name} cannot be mixed: ask for it alone, with weight 1"
+                )
 
     @contextlib.contextmanager
     def acting(self, weights: Tensor) -> Iterator[Acting]:
@@ -153,6 +166,12 @@ class Plan:
         if not self.adapters:
             yield acting
             return
+        for k in self.opaque:
+            if weights[0, k]:
+                acting.changes = None
+                with self.adapters[k].method.inside(self.backbone, self.adapters[k].at, training=self.training):
+                    yield acting
+                return
         with self.backbone.weights_changed(self._differences(weights[0])), self._hooked(acting):
             yield acting
 
@@ -170,20 +189,21 @@ class Plan:
                     total[key] = total[key] + scaled if key in total else scaled
         return total
 
-    def _pass(self, batch: Batch, weights: Tensor, causal: bool) -> Tensor:
+    def _pass(self, batch: Batch, weights: Tensor, causal: bool | str) -> Tensor:
         with self.acting(weights):
             return self.backbone.hidden(batch, causal=causal)
 
     @contextlib.contextmanager
     def _hooked(self, acting: Acting) -> Iterator[None]:
         handles = []
+        changes = acting.changes = {}
         try:
             for name, site in self.backbone.sites.items():  # their order, so that the adapters' does not matter
                 groups = self.groups.get(name)
                 if not groups:
                     continue
                 module = self.backbone.model.get_submodule(site.path)
-                change = acting.changes[name] = self._change(site, groups, acting)
+                change = changes[name] = Change(self, site, groups, acting)
                 if site.point == "across":
                     handles += _across(self.backbone.model.get_submodule(site.source), module, change)
                 elif site.point in ("output", "stream"):
@@ -195,22 +215,35 @@ class Plan:
             for handle in handles:
                 handle.remove()
 
-    def _change(self, site: Site, groups: list[Group], acting: Acting) -> Callable[[Tensor, Tensor], Tensor]:
-        def change(x: Tensor, y: Tensor) -> Tensor:
-            here = acting.mix
-            if len(y) != len(here.weights):
-                if site.name not in self.backbone.rowless:
-                    raise PolytaskError(
-                        f"site {site.name}: its module ran on {list(y.shape)} in a pass of {len(here.weights)} rows, "
-                        f"so rows cannot have adapters of their own there"
-                    )
-                here = here.shared
-            if len(groups) == 1:
-                return self._mixed(groups[0], x, y, here)
-            # Each Δ is computed from the same y, so that the order of the adapters does not matter.
-            return y + sum(self._mixed(group, x, y, here) - y for group in groups)
 
-        return change
+class Change:
+    """What the adapters of a plan do at one site in the pass that runs."""
+
+    def __init__(self, plan: Plan, site: Site, groups: list[Group], acting: Acting) -> None:
+        self.site, self.groups, self.acting = site, groups, acting
+        self.training, self.rowless = plan.training, plan.backbone.rowless
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + Σ w Δ for x [R, T, reads] and y [R, T, width]."""
+        mix = self.acting.mix
+        if len(y) != len(mix.weights):
+            if self.site.name not in self.rowless:
+                raise PolytaskError(
+                    f"site {self.site.name}: its module ran on {list(y.shape)} in a pass of {len(mix.weights)} rows, "
+                    f"so rows cannot have adapters of their own there"
+                )
+            mix = mix.shared
+        if len(self.groups) == 1:
+            return self._mixed(self.groups[0], x, y, mix)
+        # Each Δ is computed from the same y, so that the order of the adapters does not matter.
+        return y + sum(self._mixed(group, x, y, mix) - y for group in self.groups)
+
+    def low_rank(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """A [ρ, reads], B [width, ρ] and m [R, 1, ρ] (None for ones) with Σ w Δ = B (m ∘ A x), where a method that says
+        so acts here alone; in passes without gradients."""
+        if len(self.groups) > 1 or (low_rank := self.groups[0].methods[0].low_rank) is None:
+            return None
+        return low_rank(self.groups[0], self.acting.mix.of(self.groups[0].columns))
 
     def _mixed(self, group: Group, x: Tensor, y: Tensor, mix: Mix) -> Tensor:
         columns = mix.of(group.columns)
@@ -225,11 +258,14 @@ class Plan:
 class Group:
     """Adapters that act at one site by one equation: their columns of w, methods and tensors."""
 
-    def __init__(self, column: int, method: Method, params: Params, backbone: Backbone, site: str) -> None:
+    def __init__(
+        self, column: int, method: Method, params: Params, backbone: Backbone, site: str, *, training: bool = False
+    ) -> None:
         self.columns = [column]
         self.methods = [method]
         self._params = [params]
         self._backbone = backbone
+        self._training = training
         self._frozen = backbone.linear(backbone.sites[site]) if method.reads_weights else {}
         self.joined: dict[str, Any] = {}  # what a method's own `mix` keeps from pass to pass
 
@@ -248,6 +284,8 @@ class Group:
         if self.methods[0].precise:
             dtype = torch.float32
         moved = [{name: t.to(device) for name, t in p.items()} for p in self._params]
+        if self._training:
+            moved = [m.sampled(p) for m, p in zip(self.methods, moved, strict=True)]
         ready = [m.ready(p, self._frozen) for m, p in zip(self.methods, moved, strict=True)]
         return [{name: t.to(dtype) for name, t in p.items()} for p in ready]
 
@@ -259,10 +297,11 @@ class Group:
 
 @dataclass
 class Acting:
-    """The mix of the pass that runs, and what happens at each site, for passes that do not run modules."""
+    """The mix of the pass that runs, and what happens at each site, for passes that do not run modules; None where only
+    the modules know."""
 
     mix: Mix
-    changes: dict[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
+    changes: dict[str, Change] | None = field(default_factory=dict)
 
 
 class Mix:

@@ -10,7 +10,7 @@ Defaults: r = 8, α = 16 on the query and value projections, as in the paper's R
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,6 +53,17 @@ class LoRA(Method):
         A, B = p["A"], p["B"]
         return self.s * (x @ A.T) @ B.T
 
+    def expects(self, made: Mapping[str, torch.Size], given: Mapping[str, Tensor]) -> Mapping[str, torch.Size]:
+        """A site may have a rank of its own below r, as one that was cut to it has; the scale is that of r."""
+        shapes = dict(made)
+        for name in made:
+            site, _, parameter = name.rpartition("/")
+            ρ = next(iter(given[name].shape), 0)
+            if parameter == "A" and 0 < ρ < self.r:
+                shapes[name] = torch.Size((ρ, made[name][1]))
+                shapes[f"{site}/B"] = torch.Size((made[f"{site}/B"][0], ρ))
+        return shapes
+
     def joins(self, other: Method, mine: Params, its: Params) -> bool:
         return isinstance(other, LoRA) and self.dropout == other.dropout
 
@@ -70,15 +81,22 @@ class LoRA(Method):
                 h = h * c.scale.repeat_interleave(y.shape[1]).to(h.dtype)[:, None]
             return torch.addmm(y.flatten(0, -2), h, B.T).view_as(y)
         if not (c.whole and len(set(ranks)) == 1 and sum(ranks) > WIDE):
-            A, B = _joined(group, "wide", lambda: (_rows(group), _columns(group)))
-            m = c.kept(("rank", *ranks, x.dtype), lambda: _by_rank(c.w, ranks, x.dtype))
-            h = (x @ A.T) * m
+            A, B, m = self.low_rank(group, c)
+            h = x @ A.T if m is None else (x @ A.T) * m
             return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.T).view_as(y)
         A, B = _joined(group, "stacked", lambda: (torch.stack([p["A"] for p in group.params]), _stack(group)))
         h = torch.bmm(x, A[c.which].mT)
         if not c.plain:
             h = h * c.scale.to(h.dtype)[:, None, None]
         return torch.baddbmm(y, h, B[c.which])
+
+    def low_rank(self, group: Group, c: Columns) -> tuple[Tensor, Tensor, Tensor | None]:
+        """All A's and B's of the group joined along the rank, with each row's weights."""
+        A, B = _joined(group, "wide", lambda: (_rows(group), _columns(group)))
+        if len(group.params) == 1 and c.whole and c.plain:
+            return A, B, None
+        ranks = [p["A"].shape[0] for p in group.params]
+        return A, B, c.kept(("rank", *ranks, A.dtype), lambda: _by_rank(c.w, ranks, A.dtype))
 
 
 def _by_rank(w: Tensor, ranks: list[int], dtype: torch.dtype) -> Tensor:

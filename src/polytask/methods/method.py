@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import pkgutil
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from polytask.backbones import Backbone, Site
 from polytask.backbones.families import match
+from polytask.backbones.heads import FIXED
 from polytask.errors import UsageError
 
 Place = Literal["weights", "activations", "tokens", "logits"]
@@ -29,7 +31,8 @@ class Method:
     `precise` methods get their tensors in fp32 even where the backbone computes in bf16. Methods with `reads_weights`
     are shown the frozen map's own weight W [width, reads] and bias b [width] (0 where it has none) as `frozen`, in
     `init` and in `ready`. Methods that change whole weights set `swaps`, override `start` with tensors named
-    `:<module path>/<parameter>` and need no equation.
+    `:<module path>/<parameter>` and need no equation. Methods that change the model itself set `opaque`, and override
+    `start` and `inside`.
     """
 
     name: ClassVar[str] = ""
@@ -37,6 +40,7 @@ class Method:
     equation: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     swaps: ClassVar[bool] = False
+    opaque: ClassVar[bool] = False
     precise: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False
     fixed: ClassVar[frozenset[str]] = frozenset()
@@ -47,6 +51,8 @@ class Method:
 
     mix: ClassVar[Callable[..., Tensor] | None] = None
     """A hand-tuned path beside the generic one: mix(self, group, x, y, columns) -> y + Σ w Δ; see `lifting`."""
+    low_rank: ClassVar[Callable[..., tuple[Tensor, Tensor, Tensor | None] | None] | None] = None
+    """low_rank(self, group, columns): Σ w Δ as three tensors, where it is B (m ∘ A x); see `lifting.Change`."""
 
     def init(self, site: Site, generator: torch.Generator, frozen: Params) -> Params:
         """One site's tensors before training, fp32, drawn from `generator`; `frozen` has W and b if they are read."""
@@ -56,8 +62,19 @@ class Method:
         """What `delta` gets in place of a site's tensors: whatever follows from them alone, worked out once."""
         return p
 
+    def sampled(self, p: Params) -> Params:
+        """What stands for a site's tensors in one pass of training, before `ready`, where that is drawn by chance: from
+        torch's own generator, which the loop seeds and checkpoints."""
+        return p
+
     def delta(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
         """Δ [T, width] for one row, from this site's tensors `p`, what the site reads x [T, reads], its value y."""
+        raise NotImplementedError(type(self).__name__)
+
+    def inside(
+        self, backbone: Backbone, at: Mapping[str, Params], *, training: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
+        """Have the backbone be what an opaque method makes of it, with an adapter's tensors, in the passes within."""
         raise NotImplementedError(type(self).__name__)
 
     def penalty(self, p: Params) -> Tensor | None:
@@ -67,7 +84,7 @@ class Method:
     def trains(self, name: str) -> bool:
         """Whether the tensor `<site>/<parameter>` is trained."""
         site, _, parameter = name.rpartition("/")
-        return site == "head" or parameter not in self.fixed
+        return parameter not in (FIXED if site == "head" else self.fixed)
 
     def start(self, backbone: Backbone, seed: int, *, writing: bool = False) -> dict[str, Tensor]:
         """All tensors before training, named `<site>/<parameter>`; `writing` is for an answer in text.
@@ -89,6 +106,18 @@ class Method:
         """Whether another adapter's tensors at a site can be stacked with this one's and share a call."""
         return self == other and all(mine[name].shape == its[name].shape for name in mine)
 
+    selector: ClassVar[str] = ""
+    """The selector that goes with it where none is named."""
+
+    def only(self, tensors: Mapping[str, Tensor]) -> Self:
+        """The method that has tensors at the same sites as these and at no others."""
+        sites = dict.fromkeys(site for name in tensors if (site := name.rpartition("/")[0]) != "head")
+        return dataclasses.replace(self, sites=tuple(sites))  # type: ignore[type-var]
+
+    def expects(self, made: Mapping[str, torch.Size], given: Mapping[str, Tensor]) -> Mapping[str, torch.Size]:
+        """The shapes that an adapter's tensors must have, by name, where `start` makes `made` and it has `given`."""
+        return made
+
     def hyperparameters(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
@@ -97,23 +126,28 @@ class Method:
     @classmethod
     def of(cls, hyperparameters: Mapping[str, Any]) -> Self:
         """The method with these hyperparameters; a name it does not have, or a value of the wrong type, is refused."""
-        fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        values: dict[str, Any] = {}
-        for name, value in hyperparameters.items():
-            if name not in fields:
-                raise UsageError(f"{cls.name} has no hyperparameter {name!r}; it has {', '.join(fields)}")
-            default = getattr(cls, name)
-            if isinstance(default, tuple):
-                value = tuple(value.split(",")) if isinstance(value, str) else tuple(value)
-            elif isinstance(default, bool):
-                value = _boolean(cls.name, name, value)
+        return cls(**values(cls, cls.name, hyperparameters))
+
+
+def values(cls: type[Any], owner: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters as the types of a dataclass's defaults. Raises UsageError where it has no such field or the value
+    is of another type."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in fields:
+            raise UsageError(f"{owner} has no hyperparameter {name!r}; it has {', '.join(fields)}")
+        default = getattr(cls, name)
+        several = isinstance(default, tuple)
+        kind = type((*default, "")[0] if several else default)
+        try:
+            if several:
+                found[name] = tuple(kind(part) for part in (value.split(",") if isinstance(value, str) else value))
             else:
-                try:
-                    value = type(default)(value)
-                except (TypeError, ValueError):
-                    raise UsageError(f"{cls.name}.{name} = {value!r}: a {type(default).__name__} is needed") from None
-            values[name] = value
-        return cls(**values)
+                found[name] = _boolean(owner, name, value) if kind is bool else kind(value)
+        except (TypeError, ValueError):
+            raise UsageError(f"{owner}.{name} = {value!r}: a {kind.__name__} is needed") from None
+    return found
 
 
 def _boolean(method: str, name: str, value: Any) -> bool:
