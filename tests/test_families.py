@@ -264,10 +264,10 @@ def test_a_wrapped_model_has_the_same_sites(family, head):
 
 def test_names_run_front_to_back():
     names = list(families.sites(model_of("llama")))
-    assert names[:7] == ["embed", "0.attn.q", "0.attn.k", "0.attn.v", "0.attn.heads", "0.attn.o", "0.attn"]
-    assert names[7:14] == ["0.mlp.gate", "0.mlp.up", "0.mlp.act", "0.mlp.down", "0.mlp", "0.sum", "0"]
+    assert names[:8] == ["tokens", "embed", "0.attn.q", "0.attn.k", "0.attn.v", "0.attn.heads", "0.attn.o", "0.attn"]
+    assert names[8:15] == ["0.mlp.gate", "0.mlp.up", "0.mlp.act", "0.mlp.down", "0.mlp", "0.sum", "0"]
     names = list(families.sites(model_of("t5")))
-    assert names[names.index("enc.2") :][:3] == ["enc.2", "enc.head", "dec.embed"]
+    assert names[names.index("enc.2") :][:4] == ["enc.2", "enc.head", "dec.tokens", "dec.embed"]
     assert names[-2:] == ["dec.2", "head"]
 
 

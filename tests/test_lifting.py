@@ -16,13 +16,19 @@ from transformers import AutoModelForMaskedLM
 from polytask.backbones import Backbone, Batch
 from polytask.backbones.backbone import fingerprint
 from polytask.errors import PolytaskError, UsageError
-from polytask.methods import Method, Params, build, lifting, lora, methods
+from polytask.methods import Method, Params, lifting, lora, methods
+from polytask.methods import build as build_method
 from polytask.methods.lifting import Active, Columns, Group, Plan, lifted
 from polytask.methods.method import METHODS, method
 
 NAMES = tuple(name for name in methods() if name != "head")  # a new method is tested without a line here
+NEEDED = {"peft": {"type": "VERA", "sites": ["*.attn.[qv]"]}}  # what a method has no default for
 every_family = pytest.mark.parametrize("family", tiny.FAMILIES)
 every_method = pytest.mark.parametrize("name", NAMES)
+
+
+def build(name: str, hyper: dict[str, object] | None = None) -> Method:
+    return build_method(name, NEEDED.get(name, {}) | (hyper or {}))
 
 
 @cache
@@ -89,7 +95,8 @@ def test_the_start_is_the_backbone_and_other_tensors_are_not(family, name):
     backbone, batch = base(family), tiny.batch(3)
     m = build(name)
     plain = backbone.hidden(batch)
-    if name != "kasa":  # which starts without the smallest singular values: see test_methods_numeric
+    # KaSA starts without the smallest singular values, and virtual tokens are seen whatever they are.
+    if name != "kasa" and not m.slots:
         assert torch.equal(states(backbone, [Active.of(m, m.start(backbone, 0))], batch), plain)
     moved = states(backbone, [active(backbone, name)], batch)
     assert (moved - plain)[batch.mask].abs().max() > 1e-3
@@ -128,11 +135,12 @@ def test_a_scaled_tensor_moves_the_output_as_its_gradient_says():
         step = {n: torch.randn(t.shape, generator=draw, dtype=torch.float64) for n, t in tensors.items()}
 
         def value(at: dict[str, Tensor], m: Method = m) -> Tensor:
+            torch.manual_seed(0)  # what training draws is drawn alike
             return Plan(backbone, [Active.of(m, at)], training=True).hidden(batch)[batch.mask].sin().sum()
 
         value(tensors).backward()
         slope = sum(float((t.grad * step[n]).sum()) for n, t in tensors.items())
-        ε = 1e-5 if not m.swaps else 1e-3  # θ + Δθ is summed in fp32
+        ε = 1e-6 if not m.swaps else 1e-3  # so small that no choice (top k) changes; θ + Δθ is summed in fp32
         with torch.no_grad():
             up, down = ({n: t + s * step[n] for n, t in tensors.items()} for s in (ε, -ε))
             assert float(value(up) - value(down)) / (2 * ε) == pytest.approx(slope, rel=1e-4 if not m.swaps else 2e-2)
@@ -459,7 +467,8 @@ def test_dropout_is_for_training_alone():
     group = Plan(backbone, [adapter], training=True).groups["0.attn.q"][0]
     plan, mix = Plan(backbone, [adapter], training=True), lifting.Mix(torch.ones(2, 1))
     x, y = torch.randn(2, 4, 32), torch.zeros(2, 4, 32)
-    mean = sum(plan._mixed(group, x, y, mix) for _ in range(3000)) / 3000
+    change = lifting.Change(plan, backbone.sites["0.attn.q"], [group], lifting.Acting(mix))
+    mean = sum(change(x, y) for _ in range(3000)) / 3000
     close(mean, group.methods[0].delta(group.params[0], x, y), tolerance=0.25)
 
 
@@ -595,7 +604,7 @@ def test_a_site_that_is_not_there_is_refused():
 
 def test_an_encoder_decoder_is_adapted_where_its_head_reads():
     for family in ("t5", "bart"):
-        for name in (name for name in NAMES if not methods()[name].swaps):
-            sites = {n.rpartition("/")[0] for n in build(name).start(base(family), 0)}
+        for name in (name for name in NAMES if not methods()[name].swaps and not methods()[name].opaque):
+            sites = {n.rpartition("/")[0] for n in build(name).start(base(family), 0)} - {"shared"}
             assert sites
             assert all(site.startswith("enc.") for site in sites)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from jobs import TOKENS, environment, job_of, task_of, timeless
+from jobs import TOKENS, environment, job_of, same, task_of, timeless
 from torch import Tensor
 
+import polytask as pt
 from polytask.backbones import Backbone
-from polytask.training import Job, Learned, loop, train
+from polytask.errors import UsageError
+from polytask.training import Event, Job, Learned, Settings, loop, train
 
 
 def near(a: Learned, b: Learned, tolerance: float = 2e-3) -> None:
@@ -162,3 +165,66 @@ def test_two_processes_learn_what_one_does(backbone, tmp_path):
             torch.testing.assert_close(first[name], tensor, rtol=1e-4, atol=1e-5)
         losses = torch.tensor([row["loss"] for row in alone.history])
         torch.testing.assert_close(first["losses"], losses, rtol=1e-4, atol=1e-5)
+
+
+def mtl(seed: int, method: dict[str, Any] | None = None, **more: Any) -> Job:
+    return job_of(task_of(seed=seed, n=48 + 16 * seed, held=0), "mtl_lora", {"r": 4, **(method or {})}, **more)
+
+
+def test_tasks_that_share_projections_end_with_the_same_ones_and_their_own_cores(backbone: Backbone) -> None:
+    first, second = train(backbone, [mtl(0), mtl(1)])
+    A, B, Λ, w = (sorted(n for n in first.tensors if n.endswith(f"/{p}")) for p in "ABLw")
+    # The second task has more steps: what it learnt of the shared maps after the first ended is in its own copy only.
+    assert all(first.tensors[n].shape == second.tensors[n].shape for n in A + B)
+    assert any(not torch.equal(first.tensors[n], second.tensors[n]) for n in Λ + w)
+    same_length = train(backbone, [mtl(0), mtl(0)])
+    assert all(torch.equal(same_length[0].tensors[n], same_length[1].tensors[n]) for n in A + B)
+    alone = train(backbone, [mtl(0)])[0]
+    assert any(not torch.equal(alone.tensors[n], first.tensors[n]) for n in B)
+
+
+def test_shared_tensors_get_the_gradients_of_all(backbone: Backbone) -> None:
+    """The first step of two equal jobs moves what they share as one job does: Adam divides the sum by its own size."""
+    one = train(backbone, [mtl(0, epochs=1, batch=48, weight_decay=0.0, clip=1e9)])[0]
+    two = train(backbone, [mtl(0, epochs=1, batch=48, weight_decay=0.0, clip=1e9) for _ in range(2)])[0]
+    for n in (n for n in one.tensors if n.endswith("/B")):
+        apart = (one.tensors[n] - two.tensors[n]).abs().mean()  # ε counts where gradients are small
+        assert apart < 0.05 * one.tensors[n].abs().mean()
+
+
+def test_sharing_that_was_interrupted_goes_on_to_the_same_bits(backbone: Backbone, tmp_path: Path) -> None:
+    def stop(event: Event) -> None:
+        if event.kind == "score" and event.step >= 4:
+            raise KeyboardInterrupt
+
+    whole = train(backbone, [mtl(0), mtl(1)])
+    with pytest.raises(KeyboardInterrupt):
+        train(backbone, [mtl(0), mtl(1)], folder=tmp_path, on_event=stop)
+    again = train(backbone, [mtl(0), mtl(1)], folder=tmp_path)
+    for a, b in zip(whole, again, strict=True):
+        same(a, b)
+
+
+def test_a_new_task_trains_its_core_on_the_projections_of_another(backbone: Backbone) -> None:
+    settings = Settings(epochs=2, batch=16, lr=5e-3)
+    first = pt.adapt(backbone, task_of(seed=0), "mtl_lora", hyperparameters={"r": 4}, settings=settings)
+    core = {"r": 4, "core": True}
+    new = pt.adapt(backbone, task_of(seed=1, held=0), "mtl_lora", hyperparameters=core, settings=settings, begin=first)
+    own = {n for n in new.tensors if not n.startswith(("head/", "task/"))}
+    assert all(torch.equal(first.tensors[n], new.tensors[n]) for n in own if n[-1] in "AB")
+    assert all(not torch.equal(first.tensors[n], new.tensors[n]) for n in own if n.endswith("/L"))
+    assert new.card.trained_parameters < first.card.trained_parameters / 2
+    assert new.card.lineage.parents == (first.id,)
+
+
+def test_training_begins_with_an_adapter_only_where_it_fits(backbone: Backbone) -> None:
+    settings = Settings(epochs=1, batch=16, lr=1e-9, head_lr=1e-9)
+    first = pt.adapt(backbone, task_of(held=0), "lora", settings=Settings(epochs=2, batch=16, lr=5e-3))
+    again = pt.adapt(backbone, task_of(held=0), begin=first, settings=settings)
+    assert (again.method, again.hyperparameters) == (first.method, first.hyperparameters)
+    for n in (n for n in first.tensors if n.endswith(("/A", "/B"))):
+        torch.testing.assert_close(again.tensors[n], first.tensors[n], rtol=1e-5, atol=1e-6)
+    with pytest.raises(UsageError, match=r"cannot begin with adapter .* they differ in"):
+        pt.adapt(backbone, task_of(), "lora", hyperparameters={"r": 3}, begin=first)
+    with pytest.raises(UsageError, match="they differ in"):
+        pt.adapt(backbone, task_of(), "ia3", begin=first)

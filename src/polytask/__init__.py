@@ -32,6 +32,7 @@ _HOMES = {
     "UsageError": "polytask.errors",
     "adapt": "polytask.recipes",
     "adapt_many": "polytask.recipes",
+    "as_lora": "polytask.composition.low_rank",
     "load": "polytask.backbones",
     "mix": "polytask.composition",
 }
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from polytask.adapters import Adapter
     from polytask.backbones import Backbone, load
     from polytask.composition import Mixture, mix
+    from polytask.composition.low_rank import as_lora
     from polytask.errors import PolytaskError, UsageError
     from polytask.inference import Ask, Engine, Request, Sampling
     from polytask.recipes.adapt import adapt, adapt_many

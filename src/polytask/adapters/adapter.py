@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor
 
 from polytask.tasks import LabelCard, TaskCard
@@ -29,13 +30,22 @@ class BackboneCard(BaseModel):
     parameters: int
 
 
+class TermCard(BaseModel):
+    """A text that may be said for a label, and how much it counts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    term: str
+    weight: float
+
+
 class TextCard(BaseModel):
     """How a task is put to a language model and its answer found; see `polytask.backbones.text`.
 
     `template` with its `options` words the prompt from `instruction` and `labels`. `spans`: tags are BIO. `decide`:
     `write` an answer, at most `max_tokens` long and up to a text of `stop`, or take the label or option of the greatest
     `likelihood`, `normalise`d `raw` (its probability), by `length` (per token) or by `pmi` (over its probability
-    without the input). `limit`: tokens of prompt and answer together.
+    without the input). `limit`: tokens of prompt and answer together. `terms`: for each label in order, what may be
+    said for it; a label's score is the weighted mean of its terms'.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,6 +59,7 @@ class TextCard(BaseModel):
     stop: tuple[str, ...] = ()
     max_tokens: int = 256
     limit: int = 512
+    terms: tuple[tuple[TermCard, ...], ...] | None = None
 
 
 class HeadCard(BaseModel):
@@ -56,7 +67,11 @@ class HeadCard(BaseModel):
 
     `targets` name the classes in order. `pool` is how a sequence becomes one vector. `features` says what the linear
     map reads: the pooled vector; for a pair, both vectors with their difference and product, or one joint encoding.
-    With `text` the answer is in words, and there are no tensors.
+    `causal` says whether a decoder's mask stays, or where it is dropped: see `Backbone.opened`. With `text` the answer
+    is in words, and there are no tensors. With the pool `masks`, that many mask tokens stand behind the input and are
+    read (`polytask.backbones.perfect`).
+
+    A field that was not there in an older version is None by default, and so left out of what ids are made from.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,8 +79,16 @@ class HeadCard(BaseModel):
     targets: tuple[str, ...] = ()
     pool: str = "mean"
     pair: str = "none"
-    causal: bool = True
+    causal: bool | str = True
     text: TextCard | None = None
+    masks: int | None = None
+
+    @field_validator("causal")
+    @classmethod
+    def _digits(cls, causal: bool | str) -> bool | str:
+        if isinstance(causal, str) and not re.fullmatch("[01]+", causal):
+            raise ValueError("true, false, or a text of the digits 0 and 1")
+        return causal
 
     @property
     def reads(self) -> Literal["sequence", "words", "answer"]:
@@ -153,7 +176,7 @@ class Adapter:
     def sites(self) -> tuple[str, ...]:
         """The sites of the backbone at which the method acts, in order."""
         found = dict.fromkeys(name.rpartition("/")[0] for name in self.tensors)
-        return tuple(site for site in found if site not in ("head", "task"))
+        return tuple(site for site in found if site not in ("head", "task", "shared"))
 
     def save(self, folder: str | Path) -> Path:
         """Write it as a folder, whole or not at all: see `polytask.adapters.store.save`."""

@@ -4,12 +4,17 @@
 what is computed (id, method, hyperparameters, backbone, head, `sha256`, the tensors' names and shapes), so that an edit
 to one of them is noticed; the `card` is free text about the adapter and may be edited. Neither is a signature: they
 find damage and mistakes, not an attacker who can write both files.
+
+A tensor that is mostly zeros (a sparse difference, a pruned adapter) stands in the file as the places and values of its
+other numbers, `<name>.places` (int64, counted through the rows) and `<name>.values`; `adapter.json` names it under
+`sparse`, and what is loaded is the whole tensor.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -28,7 +33,8 @@ from polytask.adapters.adapter import Adapter, BackboneCard, Card, HeadCard
 from polytask.adapters.disk import previous, whole_folder
 from polytask.errors import PolytaskError, UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: no sparse tensors; adapters without any are still written as 1
+SPARSE = 0.3  # share of other numbers than zero up to which places and values take less room, of fp32
 TENSORS = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
 
@@ -45,6 +51,7 @@ class Stored(BaseModel):
     head: HeadCard | None
     sha256: str
     tensors: dict[str, str]
+    sparse: tuple[str, ...] = ()
     digest: str
     card: Card
 
@@ -58,6 +65,7 @@ class Stored(BaseModel):
             self.head.model_dump(mode="json", exclude_none=True) if self.head else None,
             self.sha256,
             self.tensors,
+            *([self.sparse] if self.sparse else []),
         ]
         text = json.dumps(says, sort_keys=True, ensure_ascii=False, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -87,11 +95,12 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
         raise PolytaskError(f"{folder}: a hyperparameter cannot be written as JSON: {_line(error)}") from None
 
     with whole_folder(folder, (TENSORS, DESCRIPTION), last=DESCRIPTION) as temporary:
-        write_safetensors(adapter.tensors, temporary / TENSORS)
+        parts, sparse = _parted(adapter.tensors)
+        write_safetensors(parts, temporary / TENSORS)
         with open(temporary / TENSORS, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         stored = Stored(
-            format_version=FORMAT_VERSION,
+            format_version=FORMAT_VERSION if sparse else 1,
             id=identity,
             method=adapter.method,
             hyperparameters=hyperparameters,
@@ -99,10 +108,12 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
             head=adapter.head,
             sha256=sha256,
             tensors={name: _shape(tensor) for name, tensor in adapter.tensors.items()},
+            sparse=sparse,
             digest="",
             card=adapter.card,
         )
-        fields = stored.model_dump(mode="json") | {"digest": stored.expected_digest()}
+        fields = stored.model_dump(mode="json", exclude=None if sparse else {"sparse"})
+        fields["digest"] = stored.expected_digest()
         write_json(fields, temporary / DESCRIPTION)
         # safetensors makes its files readable by their owner alone; a team's library needs what the umask says.
         shutil.copymode(temporary / DESCRIPTION, temporary / TENSORS)
@@ -129,8 +140,8 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> Adapter:
     path = folder / TENSORS
     data = _read(path)
     if hashlib.sha256(data).hexdigest() != stored.sha256:
-        raise PolytaskError(f"{path}: {_damage(data, stored.tensors)}; get another copy")
-    tensors = _parse(data, path)
+        raise PolytaskError(f"{path}: {_damage(data, None if stored.sparse else stored.tensors)}; get another copy")
+    tensors = _whole(_parse(data, path), stored, path)
     shapes = {name: _shape(tensor) for name, tensor in tensors.items()}
     if shapes != stored.tensors:
         raise PolytaskError(f"{path}: {_difference(shapes, stored.tensors)}; get another copy")
@@ -149,6 +160,38 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> Adapter:
         vars(moved)["id"] = adapter.id  # checked above; it would cost a copy back to compute it again
         return moved
     return adapter
+
+
+def _parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors as they stand in the file, and the names of those that are kept as places and values."""
+    parts: dict[str, Tensor] = {}
+    sparse: list[str] = []
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel() >= 1024:
+            flat = tensor.detach().cpu().reshape(-1)
+            places = flat.nonzero()[:, 0]
+            # Not where a zero has a sign: what is loaded is bit for bit what was saved.
+            if 0 < len(places) <= SPARSE * len(flat) and int(flat.signbit().sum()) == int(flat[places].signbit().sum()):
+                parts |= {f"{name}.places": places, f"{name}.values": flat[places]}
+                sparse.append(name)
+                continue
+        parts[name] = tensor
+    return parts, tuple(sparse)
+
+
+def _whole(parts: dict[str, Tensor], stored: Stored, path: Path) -> dict[str, Tensor]:
+    """The tensors from what stands in the file. PolytaskError where places do not fit their tensor."""
+    for name in stored.sparse:
+        places, values = parts.pop(f"{name}.places", None), parts.pop(f"{name}.values", None)
+        shape = [int(n) for n in stored.tensors.get(name, "").partition(" ")[2].split("x") if n]
+        if places is None or values is None or places.shape != values.shape or not shape:
+            raise PolytaskError(f"{path}: has no places and values for {shown(name)}; get another copy")
+        whole = torch.zeros(math.prod(shape), dtype=values.dtype)
+        if len(places) and not 0 <= int(places.min()) <= int(places.max()) < len(whole):
+            raise PolytaskError(f"{path}: {shown(name)} has values beyond its end; get another copy")
+        whole[places] = values
+        parts[name] = whole.reshape(shape)
+    return parts
 
 
 def describe(folder: str | Path) -> Stored:

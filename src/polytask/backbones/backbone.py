@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from polytask.adapters import BackboneCard
-from polytask.backbones import families
+from polytask.backbones import families, keys
 from polytask.backbones.site import Site
 from polytask.errors import PolytaskError, UsageError
 
@@ -144,6 +144,33 @@ class Backbone:
         paths = families.blocks(self.model)
         return [self.model.get_submodule(path) for path in paths.get("", paths.get("enc", []))]
 
+    @cached_property
+    def places(self) -> dict[str, tuple[str, str]]:
+        """Where each module of `base` stands, by its path: its block, `3` or `enc.3`, and the part of it: `attn`,
+        `cross`, `mlp`, `norm`, or nothing for what is none of these. What is outside blocks is not there."""
+        at = {id(module): path for path, module in self.base.named_modules()}
+        part_of = {
+            at[id(self.model.get_submodule(site.path))]: name.split(".")[-2]
+            for name, site in self.sites.items()
+            if site.point == "output"
+        }
+        found = {}
+        for tower, paths in families.blocks(self.model).items():
+            for i, path in enumerate(paths):
+                block = self.model.get_submodule(path)
+                for inner, module in block.named_modules():
+                    where = at[id(module)]
+                    norm = "norm" if "norm" in type(module).__name__.lower() else ""
+                    found[where] = (f"{tower}.{i}" if tower else str(i), part_of.get(where, norm) if inner else "")
+        return found
+
+    @property
+    def heads(self) -> int:
+        """Query heads of an attention."""
+        config: Any = self.model.config
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return int(config.num_attention_heads)
+
     @property
     def resumable(self) -> bool:
         """Whether a pass can begin at a later block: T5's and DeBERTa's blocks hand each other more than states."""
@@ -225,6 +252,30 @@ class Backbone:
             starts.append(first)
         return encoded["input_ids"], starts
 
+    def tokenize_masked(
+        self, texts: Sequence[str], pairs: Sequence[str] | None, masks: int, limit: int = 256
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of each text (with its pair, where given) with `masks` mask tokens behind the first text, cut to
+        `limit` tokens, and the positions of the masks."""
+        if not texts:
+            return [], []
+        encoded = self.tokenizer(
+            list(texts),
+            None if pairs is None else list(pairs),
+            truncation=True,
+            max_length=min(limit, self.max_length) - masks,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        front = self.tokenizer("a").sequence_ids(0).index(0)  # tokens that the tokenizer puts before a text
+        rows, places = [], []
+        for i, ids in enumerate(encoded["input_ids"]):
+            own = [position for position, text in enumerate(encoded.sequence_ids(i)) if text == 0]
+            at = own[-1] + 1 if own else front
+            rows.append([*ids[:at], *[self.tokenizer.mask_token_id] * masks, *ids[at:]])
+            places.append([*range(at, at + masks)])
+        return rows, places
+
     def pack(self, rows: Sequence[Sequence[Ids]]) -> Batch:
         """Several sequences side by side in each row, padded on the right: see `Batch.document`."""
         joined = self.collate([[token for ids in row for token in ids] for row in rows])
@@ -247,21 +298,61 @@ class Backbone:
             mask[i, : len(row)] = True
         return Batch(ids.to(self.device), mask.to(self.device))
 
-    def hidden(self, batch: Batch, *, causal: bool = True) -> Tensor:
+    def widened(self, batch: Batch, n: Tensor) -> tuple[Batch, Tensor, Tensor]:
+        """Room for n [R] virtual tokens before each sequence of every row. Gives the batch; for each old column its new
+        one [R, T]; and what stands where [R, T']: virtual token j as j ≥ 0, token t of a sequence as −1 − t.
+
+        Raises PolytaskError where a sequence becomes longer than the model allows.
+        """
+        number = batch.mask.long() if batch.document is None else batch.document
+        last = number.amax(1, keepdim=True)
+        where = torch.arange(number.shape[1], device=n.device) + n[:, None] * torch.where(number > 0, number, last)
+        longest = int((batch.mask.sum(1) + n * last[:, 0]).max())
+        width = padded(longest)
+        if batch.document is None and longest <= self.max_length:
+            width = min(width, self.max_length)
+        row, column = batch.mask.nonzero(as_tuple=True)
+        found = torch.zeros(len(n), width, dtype=torch.long, device=n.device)
+        found[row, where[row, column]] = number[row, column]
+        # What is left of a sequence and of no other belongs to it: the next number to the right.
+        ahead = torch.arange(width, device=n.device).expand_as(found).masked_fill(found == 0, width)
+        ahead = ahead.flip(1).cummin(1).values.flip(1)
+        document = torch.nn.functional.pad(found, (0, 1)).gather(1, ahead)
+        filler = 1 if (getattr(self.tokenizer, "pad_token_id", None) or 0) == 0 else 0  # RoBERTa counts what is no pad
+        ids = torch.full_like(found, filler).masked_fill(document == 0, self.collate([[filler]]).ids[0, -1])
+        ids[row, where[row, column]] = batch.ids[row, column]
+        wide = replace(batch, ids=ids, mask=document > 0, document=None if batch.document is None else document)
+        places = wide.positions
+        if int(places[wide.mask].max()) >= self.max_length:
+            raise PolytaskError(
+                f"{int(n.max())} virtual tokens and a text of {int(batch.positions[batch.mask].max()) + 1} are more "
+                f"than the {self.max_length} that {self.name} reads; cut the text, or use fewer virtual tokens"
+            )
+        return wide, where.clamp(max=width - 1), torch.where(places < n[:, None], places, n[:, None] - places - 1)
+
+    def hidden(self, batch: Batch, *, causal: bool | str = True) -> Tensor:
         """Last hidden states [R, T, d] of a batch, in the model's dtype; the decoder's [R, U, d] if there is `written`.
 
         `causal=False` drops a decoder's causal mask, so that every token sees the whole text (LS-unLLaMA: Li et al.
-        2023, arXiv 2310.01208); an encoder has none. Values at padded positions mean nothing.
+        2023, arXiv 2310.01208); a text such as "0011" drops it in some blocks: see `opened`. An encoder has none.
+        Values at padded positions mean nothing.
         """
         mask: Any = batch.mask.long()
         options: dict[str, Any] = {}
+        opening: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.kind == "decoder":
             options["use_cache"] = False
             if batch.document is not None:
-                mask, options["position_ids"] = self.apart(batch.document), batch.positions
-            elif not causal:
-                mask = self._open_mask(batch.mask)
-        with self._begin(batch):
+                options["position_ids"] = batch.positions
+            opened = self.opened(causal)
+            if all(opened):
+                mask = self._by_kind(self._open_mask(batch))
+            elif any(opened):
+                mask = self.apart(mask if batch.document is None else batch.document)
+                opening = self._opening([i for i, open_ in enumerate(opened) if open_], mask, self._open_mask(batch))
+            elif batch.document is not None:
+                mask = self.apart(batch.document)
+        with self._begin(batch), opening:
             out = self.reader(input_ids=batch.ids, attention_mask=mask, **options)
         if batch.written is not None:
             model: Any = self.model
@@ -274,7 +365,18 @@ class Backbone:
         states: Tensor = out.last_hidden_state
         return states
 
-    def upto(self, batch: Batch, block: int, *, causal: bool = True) -> Tensor:
+    def opened(self, causal: bool | str) -> list[bool]:
+        """Which blocks have no causal mask, front to back.
+
+        A text of m digits stands for m groups of blocks, as equal as can be, the lowest first: 1 where the mask is
+        dropped, 0 where it stays (layer-wise removal: Dukić & Šnajder 2024, arXiv 2401.14556, with m = 4).
+        """
+        n = len(self.blocks)
+        if isinstance(causal, bool):
+            return [not causal] * n
+        return [causal[i * len(causal) // n] == "1" for i in range(n)]
+
+    def upto(self, batch: Batch, block: int, *, causal: bool | str = True) -> Tensor:
         """What block number `block` reads [R, T, d]: the part of a pass that adapters above it share."""
         found: list[Tensor] = []
 
@@ -314,12 +416,41 @@ class Backbone:
             for block in skipped:
                 del block.forward
 
+    @contextlib.contextmanager
+    def _opening(self, blocks: Sequence[int], masks: Any, open_mask: Tensor) -> Iterator[None]:
+        """Give these blocks the open mask in place of the one of `masks` that the model hands to them."""
+        closed = list(masks.values()) if isinstance(masks, dict) else [masks]
+
+        def given(value: Any) -> Any:
+            return open_mask if any(value is mask for mask in closed) else value
+
+        def swap(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return tuple(map(given, args)), {name: given(value) for name, value in kwargs.items()}
+
+        handles = [self.blocks[i].register_forward_pre_hook(swap, with_kwargs=True) for i in blocks]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def keys_kept(self, name: str, K: Tensor) -> Tensor:
+        """What the attention of the site `3.attn.k` keeps of keys K [n, width] at positions 0 to n − 1: see `keys`."""
+        return keys.kept(self, name, K)
+
+    def keys_put_out(self, name: str, kept: Tensor) -> Tensor:
+        """The K [n, width] of which it keeps this."""
+        return keys.put_out(self, name, kept)
+
     def linear(self, site: Site) -> dict[str, Tensor]:
         """The weight W [width, reads] and bias b [width] (or a single 0) of the linear map whose output a site is.
 
-        Raises UsageError at a site that is not the output of one.
+        Of `tokens`, the table E [vocabulary, width] that is looked up. Raises UsageError at any other site.
         """
         module: Any = self.model.get_submodule(site.path)
+        if isinstance(module, nn.Embedding):
+            scale: Any = getattr(module, "embed_scale", None)  # Gemma, BART
+            return {"E": module.weight.detach() if scale is None else module.weight.detach() * scale}
         if site.point != "output":
             raise UsageError(f"site {site.name} is not the output of a linear map, so it has no weight to read")
         W, b = module.weight, module.bias
@@ -391,11 +522,16 @@ class Backbone:
     def _ones(self, R: int, T: int) -> Tensor:
         return torch.ones((R, T), dtype=torch.bool, device=self.device)
 
-    def _open_mask(self, mask: Tensor) -> Any:
-        """An additive mask [R, 1, T, T] that hides padding and nothing else."""
-        hidden = self.hiding(mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1))
+    def _open_mask(self, batch: Batch) -> Tensor:
+        """An additive mask [R, 1, T, T] that hides padding, other sequences of the row, and nothing else."""
+        if batch.document is None:
+            return self.hiding(batch.mask[:, None, None, :].expand(-1, 1, batch.mask.shape[1], -1))
+        return self.hiding(batch.document[:, None, :, None] == batch.document[:, None, None, :])
+
+    def _by_kind(self, mask: Tensor) -> Any:
+        """The same mask for every kind of layer, where there are several."""
         kinds, _ = self.windows
-        return dict.fromkeys(kinds | {"full_attention"}, hidden) if len(kinds) > 1 else hidden
+        return dict.fromkeys(kinds | {"full_attention"}, mask) if len(kinds) > 1 else mask
 
     def apart(self, document: Tensor) -> Any:
         """The additive mask of rows that several sequences share (see `Batch`), by kind of layer where there are

@@ -1,8 +1,9 @@
 """The table that maps a Hugging Face model family to site names, and the functions that read it.
 
-Names run front to back: `embed`; in block 3 `3.attn.q|k|v|heads|o`, `3.attn`, `3.mlp.gate|up|act|down`, `3.mlp`,
-`3.sum` and `3`; `head`. An encoder-decoder has two stacks, `enc.` and `dec.`; its decoder adds `dec.3.cross.*`, and
-`head` is the decoder's. `gate` is there only where the MLP is gated: mlp.act = act(gate) * up.
+Names run front to back: `tokens`, the embedding of each token by itself; `embed`, what the first block reads; in
+block 3 `3.attn.q|k|v|heads|o`, `3.attn`, `3.mlp.gate|up|act|down`, `3.mlp`, `3.sum` and `3`; `head`. An encoder-decoder
+has two stacks, `enc.` and `dec.`; its decoder adds `dec.3.cross.*`, and `head` is the decoder's. `gate` is there only
+where the MLP is gated: mlp.act = act(gate) * up.
 
 To add a family, add a row to `FAMILIES`: its `config.model_type`, and the modules that its stacks name.
 """
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -267,6 +268,8 @@ def sites(model: PreTrainedModel) -> dict[str, Site]:
         tower = f"{prefix}." if prefix else ""
         paths = [root + path for path in _block_paths(model.base_model, stack)]
         hidden = _sizes(model, f"{paths[0]}.{stack.attn.o}")[1]
+        path, width = _table(model, prefix)
+        found.append(Site(f"{tower}tokens", path, "stream", width, width))
         if stack.embed:
             found.append(Site(f"{tower}embed", root + stack.embed, "stream", hidden, hidden))
         else:
@@ -305,7 +308,7 @@ def match(sites: Iterable[str], patterns: Iterable[str]) -> list[str]:
     - place: what comes behind the number, matched word by word (fnmatch): `*.attn.*` is all that is within attention,
       and not `3.attn`; `*.attn.[qv]` is q and v; `3.*` is 3.attn, 3.mlp and 3.sum. Left out, it is the block's output:
       `*` alone is 3, and not 3.attn.
-    - end: `embed` or `head`.
+    - end: `tokens`, `embed` or `head`.
 
     Raises UsageError for a pattern that matches nothing.
     """
@@ -411,6 +414,14 @@ def _sizes(model: nn.Module, path: str) -> tuple[int, int]:
     raise PolytaskError(
         f"{path} is a {type(module).__name__}, and a site needs a linear map there: mend the row's path"
     )
+
+
+def _table(model: PreTrainedModel, prefix: str) -> tuple[str, int]:
+    """The path of the module that looks up tokens, and the size of what it finds."""
+    stack: Any = {"enc": model.get_encoder, "dec": model.get_decoder}[prefix]() if prefix else model
+    table = stack.get_input_embeddings()
+    paths: Iterator[str] = (path for path, module in model.named_modules(remove_duplicate=False) if module is table)
+    return next(paths), int(table.embedding_dim)
 
 
 def _attention_sites(model: PreTrainedModel, name: str, block: str, attn: Attention) -> Iterator[Site]:

@@ -7,10 +7,14 @@
 Pooling: mean over real tokens, the first token, the last token, or attention, φ = Σ_t softmax_t(q·h_t) h_t with a
 learned q [d]. The pair features are those of InferSent (Conneau et al. 2017, arXiv 1705.02364); a similarity starts as
 the cosine of the two texts. Everything here is computed in fp32.
+
+A head whose classes are no rows of W stands in a file of its own, and `start`, `read` and `losses` hand over to it:
+`perfect` (pool `masks`), `crosstune` (pool `labels`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,28 +23,49 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polytask.adapters import HeadCard
+from polytask.backbones import crosstune, perfect
 from polytask.errors import UsageError
 from polytask.tasks import Task
 from polytask.tasks.task import Output
 
 KINDS = ("classification", "multilabel", "tagging", "regression", "similarity")  # of tasks that a head can answer
-POOLS = ("mean", "first", "last", "attention")
+POOLS = ("mean", "first", "last", "attention")  # how tokens become one vector
+SPACES = ("masks", "labels")  # what a head's classes may be instead of rows of W
 PAIRS = ("separate", "joint")
 IGNORED = -100  # the class number of a token that has no tag of its own
+FIXED = frozenset({"c", "E"})  # tensors of a head that are kept with the others and not trained
 
 Params = dict[str, Tensor]
 
 
-def design(task: Task, *, pool: str = "mean", pair: str = "separate", causal: bool = True) -> HeadCard:
-    """The head that a task needs. Raises UsageError for a kind that has none."""
+def design(
+    task: Task,
+    *,
+    pool: str = "mean",
+    pair: str = "separate",
+    causal: bool | str = True,
+    masks: int = perfect.MASKS,
+) -> HeadCard:
+    """The head that a task needs. Raises UsageError for a kind that has none, and for options that there are not."""
     if task.kind not in KINDS:
         raise UsageError(f"task {task.name}: a {task.kind} task has no label head")
-    if pool not in POOLS:
-        raise UsageError(f"pool {pool!r}: one of {', '.join(POOLS)}")
+    if pool not in (*POOLS, *SPACES):
+        raise UsageError(f"pool {pool!r}: one of {', '.join((*POOLS, *SPACES))}")
     if pair not in PAIRS:
         raise UsageError(f"pair {pair!r}: one of {', '.join(PAIRS)}")
+    if isinstance(causal, str) and not re.fullmatch("[01]+", causal):
+        raise UsageError(f"open blocks {causal!r}: a digit for each group of blocks, 1 where it is open, as in 0011")
     targets = () if task.kind in ("regression", "similarity") else task.targets
-    return HeadCard(kind=task.kind, targets=targets, pool=pool, pair=pair if task.pair else "none", causal=causal)
+    if pool not in SPACES:
+        return HeadCard(kind=task.kind, targets=targets, pool=pool, pair=pair if task.pair else "none", causal=causal)
+    kinds = ("classification",) if pool == "masks" else ("classification", "multilabel")
+    if task.kind not in kinds:
+        raise UsageError(f"task {task.name}: pool {pool} is for {' and '.join(kinds)}, and this is a {task.kind} task")
+    if not 1 <= masks <= 32:
+        raise UsageError(f"masks = {masks}: from 1 to 32 are needed")
+    pair = "joint" if task.pair else "none"
+    card = HeadCard(kind=task.kind, targets=targets, pool=pool, pair=pair, causal=causal)
+    return card.model_copy(update={"masks": masks}) if pool == "masks" else card
 
 
 def width(head: HeadCard, d: int) -> int:
@@ -53,6 +78,10 @@ def start(head: HeadCard, d: int, seed: int) -> Params:
     Nothing for an answer in text."""
     if head.text:
         return {}
+    if head.masks:
+        return perfect.start(len(head.targets), head.masks, d, seed)
+    if head.pool == "labels":
+        return crosstune.start(len(head.targets), d)
     C = max(1, len(head.targets))
     W = torch.empty(C, width(head, d)).normal_(0, 0.02, generator=torch.Generator().manual_seed(seed))
     if head.kind == "similarity" and head.pair == "separate":
@@ -66,9 +95,9 @@ def start(head: HeadCard, d: int, seed: int) -> Params:
 
 def features(head: HeadCard, hidden: Tensor, mask: Tensor, q: Tensor | None = None) -> Tensor:
     """φ: [R, width] from hidden states [R, T, d] (2R rows, all first texts before all second ones, for a pair that is
-    encoded apart), or [R, T, d] for tagging."""
+    encoded apart), or [R, T, d] where tokens are read one by one."""
     h = hidden.float()
-    if head.kind == "tagging":
+    if head.kind == "tagging" or head.pool in SPACES:
         return h
     if head.pool == "first":
         v = h[:, 0]
@@ -94,6 +123,21 @@ def logits(p: Params, φ: Tensor) -> Tensor:
     return F.linear(φ, p["W"].float(), p["b"].float())
 
 
+def read(head: HeadCard, p: Params, φ: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Logits by the head's own equation from φ, where `mask` tells which tokens are real; with no tensors, φ itself."""
+    if not p:
+        return φ
+    if head.pool == "labels":
+        assert mask is not None
+        return crosstune.logits(p, φ, mask)
+    return perfect.logits(p, φ) if head.masks else logits(p, φ)
+
+
+def taught(p: Params) -> Params:
+    """The tensors that training reads: without prototypes, which are for answering."""
+    return {name: t for name, t in p.items() if name != "c"}
+
+
 def encode(head: HeadCard, output: Output | None) -> Any:
     """An example's output as the loss wants it: a class number, a 0/1 list, a list of tag numbers, or a float."""
     if head.kind in ("regression", "similarity"):
@@ -110,9 +154,11 @@ def encode(head: HeadCard, output: Output | None) -> Any:
 def losses(head: HeadCard, z: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
     """One loss per row [R] from logits z [R, C] (tags and answers: z [N, C] and y [N] of N tokens) and targets y.
 
-    Cross-entropy, or its binary form summed over labels for multilabel, or the squared error. `weights` [C] weigh the
-    classes.
+    Cross-entropy, or its binary form summed over labels for multilabel, or the squared error; a hinge for mask tokens.
+    `weights` [C] weigh the classes.
     """
+    if head.masks:
+        return perfect.losses(z, y, weights)
     if head.text:
         return F.cross_entropy(z, y, reduction="none")
     if head.kind == "multilabel":

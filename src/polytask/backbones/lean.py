@@ -75,6 +75,7 @@ class Lean:
 
         S, D = len(tokens), self.head_width
         x = F.embedding(tokens[:, None], self.embedding)
+        x = at("tokens", x, x)
         x = at("embed", x, x)
         cos, sin = (t[:, :, None] for t in self.rotary(x, positions))  # [S, 1, 1, D]
         for i, block in enumerate(self.layers):

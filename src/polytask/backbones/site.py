@@ -6,7 +6,7 @@ site's *point*:
 | point    | y (changed)                            | x (read)            | examples                              |
 |----------|----------------------------------------|---------------------|---------------------------------------|
 | `output` | the module's output                    | the module's input  | `3.attn.q`, `3.mlp.up`, `3.attn.o`    |
-| `stream` | the module's output                    | the same            | `embed`, `3` (a block's output)       |
+| `stream` | the module's output                    | the same            | `tokens`, `embed`, `3` (a block)      |
 | `across` | the output of a sublayer               | its input           | `3.attn`, `3.mlp`                     |
 | `input`  | the module's first input               | the same            | `3.attn.heads`, `3.mlp.act`           |
 | `sum`    | the residual sum that a norm reads     | norm(y)             | `3.sum` of a model that norms after   |

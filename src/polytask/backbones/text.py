@@ -6,8 +6,10 @@ trained is the loss of the answer's tokens alone: −Σ_t log p(a_t | prompt, a_
 
 from __future__ import annotations
 
+import random
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from polytask.adapters import HeadCard, TextCard
@@ -76,6 +78,12 @@ def task_of(head: HeadCard) -> Task:
     return Task(name="", kind=kind, instruction=card.instruction, labels=labels, spans=card.spans)
 
 
+def described(label: Label) -> str:
+    """A label as a text to embed: its name in words, and what it means."""
+    name = " ".join(re.split(r"[_\s-]+", label.name))
+    return f"{name}: {label.description}" if label.description else name
+
+
 def form(head: HeadCard) -> Template:
     """The template with its options."""
     card = _card(head)
@@ -85,6 +93,20 @@ def form(head: HeadCard) -> Template:
 def ask(head: HeadCard, example: Example) -> Prompt:
     """The prompt for an example, and its answer where it has one."""
     return render(task_of(head), example, form(head))
+
+
+def taught(head: HeadCard, example: Example) -> Prompt:
+    """The prompt for an example to learn from, with its answer.
+
+    Where several terms may be said for its label, one is drawn by their weights, always the same one for the same
+    example. So the loss is in expectation what the label is later scored by, −Σ_w r_w log p(w | x) / Σ_w r_w.
+    """
+    terms = _card(head).terms
+    if terms is None or example.output is None:
+        return ask(head, example)
+    own = terms[head.targets.index(str(example.output))]
+    [drawn] = random.Random(example.id).choices([t.term for t in own], [t.weight for t in own])
+    return ask(head, replace(example, output=drawn))
 
 
 def answer(head: HeadCard, written: str, example: Example) -> Output:

@@ -37,6 +37,10 @@ def adapt(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A hyperparameter of the method; may be given again."),
     ] = None,
+    begin: Annotated[
+        str | None,
+        typer.Option("--begin", metavar="NAME", help="An adapter of the library whose numbers training begins with."),
+    ] = None,
     input: options.Input = None,
     output: options.Output = None,
     pair: options.Pair = None,
@@ -56,10 +60,14 @@ def adapt(
     seed: Annotated[int, typer.Option("--seed", help="Of all random numbers.", rich_help_panel="Training")] = 0,
     balanced: options.Balanced = False,
     pool: options.Pool = None,
+    masks: options.Masks = None,
     pair_mode: options.PairMode = "separate",
     bidirectional: options.Bidirectional = False,
+    open_blocks: options.OpenBlocks = None,
     text: options.InText = None,
     template: options.TemplateName = "plain",
+    decide: options.Decide = "auto",
+    terms: options.Terms = None,
     precision: options.Precision = "auto",
     checkpoint: Annotated[
         Path | None,
@@ -108,11 +116,22 @@ def adapt(
     from polytask.recipes.adapt import Plan, adapt_many
 
     hyperparameters = options.pairs(set_ or (), "--set")
-    reading = options.reading(text, template, pool, pair_mode, bidirectional)
-    options.check(data, {"lora" if method == "auto" else method: hyperparameters}, reading)
-    backbone = load(options.base_for(base, data, reading), precision=precision)  # type: ignore[arg-type]
-    plan = Plan(data, method, hyperparameters, chosen, reading)
+    reading = options.reading(
+        text,
+        template,
+        pool,
+        pair_mode,
+        bidirectional,
+        open_blocks=open_blocks,
+        masks=masks,
+        decide=decide,
+        terms=terms,
+    )
     kept = Library(library)
+    first = kept.get(begin) if begin else None
+    options.check(data, {"lora" if method == "auto" else method: {} if first else hyperparameters}, reading)
+    backbone = load(options.base_for(base, data, reading), precision=precision)  # type: ignore[arg-type]
+    plan = Plan(data, method, hyperparameters, chosen, reading, first)
     folder = checkpoint or folder_for(library, backbone, [plan])
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)

@@ -59,7 +59,7 @@ def demo(
     tasks = [Task.read(HERE / name) for name in (WRITTEN if generate else READ)]
     backbone = load("polytask-base" if generate else "minilm")
     reading = Reading(in_text="yes" if generate else "auto")
-    own = {"home": Settings(epochs=16, batch=8), "tickets": Settings(epochs=6, batch=16)} if generate else {}
+    own = {"home": Settings(epochs=8, batch=8), "tickets": Settings(epochs=4, batch=16)} if generate else {}
     plans = [Plan(t, settings=own.get(t.name, Settings(epochs=12)), reading=reading) for t in tasks]
     kept = Library(library)
     folder = folder_for(library, backbone, plans)

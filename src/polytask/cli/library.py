@@ -122,7 +122,7 @@ def show_(
         title = "frozen features, test" if split == "baseline" else split
         rows.add_row(title, f"{found.metric} {show.score(found.value, found.low, found.high)} over {found.n}")
     settings = ", ".join(
-        f"{k} = {' '.join(v) if isinstance(v, list) else v}" for k, v in adapter.hyperparameters.items()
+        f"{k} = {' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in adapter.hyperparameters.items()
     )
     rows.add_row("method", f"{adapter.method}{' (' + settings + ')' if settings else ''}")
     rows.add_row("backbone", f"{adapter.backbone.name}, weights {adapter.backbone.fingerprint[:12]}…")
@@ -148,12 +148,21 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", show_default=False, help="A new folder to write.")],
     library: options.Library = options.LIBRARY,
     format: Annotated[
-        str, typer.Option("--format", metavar="polytask|peft", help="peft: what Hugging Face PEFT and vLLM read.")
+        str,
+        typer.Option(
+            "--format",
+            metavar="polytask|peft|lora",
+            help="peft: what Hugging Face PEFT and vLLM read. lora: the same, of the nearest LoRA.",
+        ),
     ] = "polytask",
     base: Annotated[
         str | None,
-        typer.Option("--base", "-b", metavar="NAME", help="For peft: the backbone, where its own name does not load."),
+        typer.Option(
+            "--base", "-b", metavar="NAME", help="For peft, lora: the backbone, where its own name does not load."
+        ),
     ] = None,
+    rank: Annotated[int, typer.Option("--rank", metavar="R", help="For lora: its rank.")] = 8,
+    drop: Annotated[bool, typer.Option("--drop", help="For lora: leave out what has no place in one.")] = False,
     json: options.Json = False,
 ) -> None:
     """Write an adapter to a folder of its own.
@@ -161,12 +170,19 @@ def export(
     For example:
       polytask library export tickets /tmp/tickets
       polytask library export tickets /tmp/tickets-peft --format peft
+      polytask library export tickets /tmp/tickets-lora --format lora --rank 16
 
-    PEFT's format has a place for lora, dora and ia3.
+    PEFT's format has a place for lora, dora, ia3, prompt and prefix; pissa
+    and kasa go as a LoRA and ptuning as a prompt that computes the same. As a
+    LoRA of a chosen rank goes whatever changes weights; it is told how far
+    off that is.
     """
+    if format not in ("polytask", "peft", "lora"):
+        raise UsageError(f"--format {format}: one of polytask, peft, lora")
     kept = _open(library)
     entry = kept.entry(ref)
-    if format == "peft":
+    line, said = "", dict[str, Any]()
+    if format in ("peft", "lora"):
         from polytask.backbones import load
 
         backbone = load(base or entry.backbone)
@@ -175,10 +191,20 @@ def export(
                 f"adapter {entry.name} ({entry.id}) belongs to other weights than those of {backbone.name}; "
                 "name its own backbone with --base"
             )
-        kept.export(entry.id, folder, format="peft", sites=backbone.sites)
+        if format == "peft":
+            kept.export(entry.id, folder, format="peft", sites=backbone.sites, model=backbone)
+        else:
+            from polytask.adapters import export_peft
+            from polytask.composition.low_rank import as_lora
+
+            lora, off = as_lora(backbone, kept.get(entry.id), rank, drop=drop)
+            export_peft(lora, folder, backbone.sites)
+            said = {"rank": rank, "error": off.whole, "left_out": off.left_out, "errors": dict(off.sites)}
+            line = f"; as a LoRA of rank {rank}, {off}"
     else:
         kept.export(entry.id, folder, format=format)  # type: ignore[arg-type]
-    _done(json, f"{entry.name}@{entry.version} is in {folder}", adapter=entry.id, folder=str(folder), format=format)
+    where = f"{entry.name}@{entry.version} is in {folder}{line}"
+    _done(json, where, adapter=entry.id, folder=str(folder), format=format, **said)
 
 
 @app.command("import")
@@ -229,7 +255,8 @@ def import_(
         card = None
         if name is not None:
             card = Card(name=name, task=TaskCard(name=name, kind=kind))  # type: ignore[arg-type]
-        added = Library(library).import_(folder, sites=backbone.sites, backbone=backbone.card(), card=card)
+        kept = Library(library)
+        added = kept.import_(folder, sites=backbone.sites, model=backbone, backbone=backbone.card(), card=card)
     entry = _open(library).entry(added)
     _done(json, f"{entry.name}@{entry.version} ({entry.id}) is in {library}", adapter=entry.id, name=entry.name)
 

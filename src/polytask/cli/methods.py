@@ -14,15 +14,21 @@ def methods(json: options.Json = False) -> None:
     Use one:
       polytask adapt tickets.csv --method bottleneck --set reduction=8
 
-    A method acts on weights, activations, tokens or logits; a router gives
-    weights to adapters for each task, input, token or layer.
+    A method acts on weights, activations, tokens or logits; a selector chooses
+    what of a method is trained, as in full@lottery; a router gives weights to
+    adapters for each task, input, token or layer.
     """
     from polytask.composition.catalogue import catalogue
     from polytask.methods import methods as known
+    from polytask.methods.selectors import selectors
 
     rows = [
         {"name": name, "kind": "method", "place": m.place, "equation": m.equation, "paper": m.paper}
         for name, m in known().items()
+    ]
+    rows += [
+        {"name": f"@{name}", "kind": "selector", "place": "any", "equation": s.equation, "paper": s.paper}
+        for name, s in selectors().items()
     ]
     rows += [
         {"name": part.name, "kind": part.kind, "place": part.place, "equation": part.equation, "paper": part.paper}

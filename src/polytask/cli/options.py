@@ -87,10 +87,15 @@ Pool = Annotated[
     typer.Option(
         "--pool",
         metavar="POOL",
-        help="mean, first, last or attention: how tokens become one vector. If not given, last for causal models and "
-        "mean for others.",
+        help="mean, first, last or attention: how tokens become one vector; masks: label embeddings at mask tokens "
+        "(PERFECT); labels: the labels' descriptions attend to the text (CrossTune). If not given, last for causal "
+        "models and mean for others.",
         rich_help_panel=_TRAINING,
     ),
+]
+Masks = Annotated[
+    int | None,
+    typer.Option("--masks", metavar="N", help="How many mask tokens --pool masks reads.", rich_help_panel=_TRAINING),
 ]
 PairMode = Annotated[
     str,
@@ -104,11 +109,40 @@ PairMode = Annotated[
 Bidirectional = Annotated[
     bool, typer.Option("--bidirectional", help="Drop a decoder's causal mask.", rich_help_panel=_TRAINING)
 ]
+OpenBlocks = Annotated[
+    str | None,
+    typer.Option(
+        "--open-blocks",
+        metavar="PATTERN",
+        help="Drop a decoder's causal mask in some of its blocks only: 0011, a digit for each of equal groups of "
+        "blocks from the bottom, 1 where it is dropped.",
+        rich_help_panel=_TRAINING,
+    ),
+]
 InText = Annotated[
     bool | None,
     typer.Option(
         "--text/--head",
         help="Answer in text, or by a head over hidden states. If not given, in text where the kind has no head.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+Decide = Annotated[
+    str,
+    typer.Option(
+        "--decide",
+        metavar="HOW",
+        help="Of an answer in text: write it; take the label or option of most likelihood; or terms, where several "
+        "stand for each label. auto writes, but chooses from options.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+Terms = Annotated[
+    Path | None,
+    typer.Option(
+        "--terms",
+        metavar="FILE",
+        help="What --decide terms chooses from, one term a line; the words of the training texts if not given.",
         rich_help_panel=_TRAINING,
     ),
 ]
@@ -140,12 +174,39 @@ def read_task(
     return Task.read(source, input=input, output=output, pair=pair, kind=kind, name=name, metric=metric)  # type: ignore[arg-type]
 
 
-def reading(text: bool | None, template: str, pool: str | None, pair_mode: str, bidirectional: bool) -> Reading:
+def reading(
+    text: bool | None,
+    template: str,
+    pool: str | None,
+    pair_mode: str,
+    bidirectional: bool,
+    *,
+    open_blocks: str | None = None,
+    masks: int | None = None,
+    decide: str = "auto",
+    terms: Path | None = None,
+) -> Reading:
     """How answers are read."""
     from polytask.recipes.reading import Reading
 
+    if bidirectional and open_blocks is not None:
+        raise UsageError("--bidirectional opens all blocks, --open-blocks some of them: give one of the two")
     in_text: Any = "auto" if text is None else "yes" if text else "no"
-    return Reading(in_text, pool, pair_mode, causal=not bidirectional, template=template)
+    if masks is not None and pool != "masks":
+        raise UsageError(f"--masks {masks} goes with --pool masks")
+    if decide not in ("auto", "write", "likelihood", "terms"):
+        raise UsageError(f"--decide {decide}: one of auto, write, likelihood, terms")
+    if terms is not None and decide != "terms":
+        raise UsageError(f"--terms {terms} goes with --decide terms")
+    causal = not bidirectional if open_blocks is None else open_blocks
+    more: dict[str, Any] = {} if masks is None else {"masks": masks}
+    if terms is not None:
+        try:
+            listed = (line.strip() for line in terms.read_text(encoding="utf-8").splitlines())
+            more["terms"] = tuple(filter(None, listed))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--terms {terms}: no list of terms can be read there ({error})") from None
+    return Reading(in_text, pool, pair_mode, causal=causal, template=template, decide=decide, **more)  # type: ignore[arg-type]
 
 
 def base_for(base: str | None, task: Task, reading: Reading) -> str:
@@ -157,20 +218,22 @@ def check(task: Task, methods: Mapping[str, Mapping[str, str]], reading: Reading
     """Tell what is wrong with methods (and their hyperparameters), pooling, template or the kind before a model is
     loaded."""
     from polytask.backbones import heads, text
-    from polytask.methods import build
+    from polytask.methods.selectors import build
 
     for method, hyperparameters in methods.items():
         build(method, hyperparameters)
     if reading.writes(task):
-        text.design(task, reading.template)
+        text.design(task, reading.template, decide="likelihood" if reading.decide == "terms" else reading.decide)
         return
+    if reading.decide != "auto":
+        raise UsageError(f"--decide {reading.decide} is for answers in text; add --text")
     if task.kind not in heads.KINDS:
         why = next((f" ({note})" for note in task.notes if note.startswith("kind guessed")), "")
         raise UsageError(
             f"task {task.name} is of kind {task.kind}{why}, which has no labels to learn; if it is "
             f"{', '.join(heads.KINDS[:-1])} or {heads.KINDS[-1]}, say so with --kind"
         )
-    heads.design(task, pool=reading.pool or "mean", pair=reading.pair)
+    heads.design(task, pool=reading.pool or "mean", pair=reading.pair, causal=reading.causal, masks=reading.masks)
 
 
 def settings(**given: Any) -> Settings:

@@ -6,6 +6,8 @@ A choice by likelihood compares options y for an input x, with p(y | x) = Π_t p
     length   log p(y | x) / |y|                      per token (Brown et al. 2020, arXiv 2005.14165)
     pmi      log p(y | x) − log p(y | ∅)             without the input (Holtzman et al. 2021, arXiv 2104.08315)
 
+Where a label has several terms, its score is the mean of theirs, each counting as its card says (`recipes.terms`).
+
 How much of the probability falls on the options at all is the model's attentiveness, Σ_y p(y | x): low where it would
 rather write something else. More of it does not mean more right answers (Wiegreffe, Finlayson, Tafjord, Clark,
 Sabharwal 2023, arXiv 2305.14596), so it is shown and decides nothing.
@@ -21,7 +23,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from polytask.adapters import TextCard
+from polytask.adapters import TermCard, TextCard
 from polytask.backbones import text
 from polytask.inference.generation import generate
 from polytask.inference.writing import Prompt, Sampling
@@ -80,18 +82,22 @@ def rule_of(seat: Seat) -> Sampling:
 
 @dataclass(frozen=True)
 class Options:
-    """The options of one input: log p(y | x) and log p(y | ∅) [options], and how many tokens each has."""
+    """The options of one input: log p(y | x) and log p(y | ∅) [options], and how many tokens each has. Where several
+    terms stand for an option, these are [terms], and `shares` [options, terms] says how much each counts."""
 
     names: tuple[str, ...]
     log_p: Tensor
     log_p_alone: Tensor
     tokens: Tensor
+    shares: Tensor | None = None
 
     def scores(self, normalise: str) -> Tensor:
         """What the options are compared by [options]."""
         if normalise == "length":
-            return self.log_p / self.tokens
-        return self.log_p - self.log_p_alone if normalise == "pmi" else self.log_p
+            found = self.log_p / self.tokens
+        else:
+            found = self.log_p - self.log_p_alone if normalise == "pmi" else self.log_p
+        return found if self.shares is None else self.shares @ found
 
     @property
     def mass(self) -> float:
@@ -107,11 +113,16 @@ class Options:
 def weigh(plan: Plan, seats: Sequence[Seat], examples: Sequence[Example]) -> list[Options]:
     """The likelihoods of each example's options under its seat, with and without its input."""
     names = [text.options(seat.head, e) for seat, e in zip(seats, examples, strict=True)]
+    terms = [seat.head.text.terms if seat.head.text else None for seat in seats]
+    said = [
+        own if given is None else tuple(t.term for label in given for t in label)
+        for own, given in zip(names, terms, strict=True)
+    ]
     rows = [
-        (i, replace(asked, output=name))
+        (i, replace(asked, output=one))
         for i, example in enumerate(examples)
         for asked in (example, replace(example, input="", pair="" if example.pair is not None else None))
-        for name in names[i]
+        for one in said[i]
     ]
     # Without the input, many rows are the same question.
     unique: dict[tuple[int, str, str], int] = {}
@@ -132,11 +143,18 @@ def weigh(plan: Plan, seats: Sequence[Seat], examples: Sequence[Example]) -> lis
     sums = iter(log_p[at].sum() for at in where)
     sizes = iter(len(log_p[at]) for at in where)
     found = []
-    for own in names:
-        given, alone = (torch.stack([next(sums) for _ in own]) for _ in range(2))
-        tokens = torch.tensor([next(sizes) for _ in range(2 * len(own))][: len(own)])
-        found.append(Options(own, given, alone, tokens))
+    for own, texts, weighted in zip(names, said, terms, strict=True):
+        given, alone = (torch.stack([next(sums) for _ in texts]) for _ in range(2))
+        tokens = torch.tensor([next(sizes) for _ in range(2 * len(texts))][: len(texts)])
+        found.append(Options(own, given, alone, tokens, None if weighted is None else _shares(weighted)))
     return found
+
+
+def _shares(terms: Sequence[Sequence[TermCard]]) -> Tensor:
+    """How much each term counts for each label [labels, terms]; rows sum to one."""
+    count = len(terms)
+    weights = torch.tensor([[t.weight * (own == c) for own in range(count) for t in terms[own]] for c in range(count)])
+    return weights / weights.sum(1, keepdim=True)
 
 
 def choose_normalisation(options: Sequence[Options], answers: Sequence[Output]) -> str:

@@ -143,7 +143,7 @@ class Engine:
         for name in sorted(expected.keys() ^ own.keys()):
             what = "lacks the tensor" if name in expected else "has a tensor of no known place,"
             raise PolytaskError(f"{who} {what} {name}; it is damaged or of another version")
-        for name, shape in expected.items():
+        for name, shape in method.expects(expected, own).items():
             if own[name].shape != shape:
                 owner = "its head" if name.startswith("head/") else f"{adapter.method} with its hyperparameters"
                 raise PolytaskError(f"{who}: {name} is {list(own[name].shape)}, {owner} makes {list(shape)} here")
@@ -218,7 +218,8 @@ class Engine:
         read = [(i, request, seats[ref]) for i, request, ref in chosen if not made[seats[ref]].head.text]
         units: list[Unit] = []
         for _, request, s in read:
-            units += passes.encode(self.backbone, made[s].head, [_example(request, made[s].head, owners[s])], limit)
+            room = min(limit, self.backbone.max_length - plan.room(made[s].weights))
+            units += passes.encode(self.backbone, made[s].head, [_example(request, made[s].head, owners[s])], room)
         for (i, _, _), answer in zip(read, passes.answer(plan, made, units, [s for _, _, s in read]), strict=True):
             found[i] = (*answer, None)
         said = [(i, request, seats[ref]) for i, request, ref in chosen if made[seats[ref]].head.text]
@@ -330,7 +331,10 @@ class Engine:
     def _planned(self, who: Sequence[Mapping[str, float]]) -> tuple[list[str], Plan]:
         """The ids of all adapters that someone gives a weight, in order, and their plan."""
         order = sorted({k for weights in who for k in weights})
-        return order, self._plan(tuple(order))
+        plan = self._plan(tuple(order))
+        for weights in who:
+            plan.allow(_row(weights, order)[None])
+        return order, plan
 
     def _weights(self, ref: str | Mixture) -> tuple[dict[str, float], str]:
         """Weights by adapter id, and whose head reads."""

@@ -146,7 +146,9 @@ class Writer:
         states = []
         for members, owners, batch in self.batches(chosen):
             acting.mix = Mix(self.weights[owners])
-            found = read(self.backbone, batch)
+            wide, _ = self.plan.widen(acting, batch, self.weights[owners])
+            found = read(self.backbone, wide)
+            acting.places = None
             frame.join(found)
             states.append(found.hidden)
             order += members
@@ -155,7 +157,7 @@ class Writer:
     def open(self, i: int) -> Row:
         """A prompt's row at its start."""
         prompt = self.prompts[i]
-        used = len(prompt.ids) if self.backbone.kind == "decoder" else 1
+        used = self.plan.room(self.weights[i]) + len(prompt.ids) if self.backbone.kind == "decoder" else 1
         guide = None
         if prompt.sampling.constraint is not None:
             if self.guides is None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from polytask.adapters import Adapter, BackboneCard, Card, HeadCard, export_peft, import_peft, load, save
-from polytask.adapters.peft import SiteLike, is_peft
+from polytask.adapters.peft import ModelLike, SiteLike, is_peft
 from polytask.adapters.store import DESCRIPTION, TENSORS, shown
 from polytask.errors import PolytaskError, UsageError
 from polytask.library import forgetting
@@ -223,6 +223,7 @@ class Library:
         folder: str | Path,
         *,
         sites: Mapping[str, SiteLike] | None = None,
+        model: ModelLike | None = None,
         backbone: BackboneCard | None = None,
         card: Card | None = None,
         head: HeadCard | None = None,
@@ -235,7 +236,9 @@ class Library:
             return self.add(load(folder), tags=tags)
         if sites is None:
             raise UsageError(f"{folder}: is of PEFT, whose format names modules: pass sites= of the backbone")
-        adapter = import_peft(folder, sites, backbone=backbone, card=card, head=head, head_module=head_module)
+        adapter = import_peft(
+            folder, sites, model=model, backbone=backbone, card=card, head=head, head_module=head_module
+        )
         return self.add(adapter, tags=tags)
 
     def verify(self) -> tuple[Damage, ...]:

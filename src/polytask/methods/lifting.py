@@ -49,13 +49,18 @@ class Active:
 
     @classmethod
     def of(cls, method: Method, tensors: Mapping[str, Tensor]) -> Active:
-        """From tensors named `<site>/<parameter>`; those of the head and the task's profile are left out."""
+        """From tensors named `<site>/<parameter>`; those of the head and the task's profile are left out, and those
+        under `shared` are every site's."""
         at: dict[str, Params] = {}
         for name, tensor in tensors.items():
             site, _, parameter = name.rpartition("/")
             if site not in ("head", "task"):
                 at.setdefault(site, {})[parameter] = tensor
-        return cls(method, at)
+        shared = at.pop("shared", {})
+        return cls(method, {site: shared | params for site, params in at.items()})
+
+    def on(self, device: torch.device) -> Active:
+        return Active(self.method, {at: {name: t.to(device) for name, t in p.items()} for at, p in self.at.items()})
 
 
 class Plan:
@@ -67,13 +72,14 @@ class Plan:
 
     def __init__(self, backbone: Backbone, adapters: Sequence[Active], *, training: bool = False) -> None:
         self.backbone = backbone
-        self.adapters = tuple(adapters)
+        self.adapters = tuple(a.on(backbone.device) if a.method.swaps or a.method.opaque else a for a in adapters)
         self.training = training
         self.swapping = [k for k, a in enumerate(self.adapters) if a.method.swaps]
         rowless = backbone.rowless
         self.opaque = [k for k, a in enumerate(self.adapters) if a.method.opaque]
         alone = {*self.swapping, *self.opaque}
         self.apart = [k for k, a in enumerate(self.adapters) if k in alone or not rowless.isdisjoint(a.at)]
+        self.slots = torch.tensor([a.method.slots for a in self.adapters], device=backbone.device)
         self.groups: dict[str, list[Group]] = {}
         for k, adapter in enumerate(self.adapters):
             if k in alone:
@@ -127,18 +133,22 @@ class Plan:
                 group.fresh()
         groups = self.together(weights)
         if len(groups) == 1:
-            with self.acting(weights):
-                return unembed(self.backbone, self.backbone.hidden(batch)[at[:, 0], at[:, 1]])
+            with self.acting(weights) as acting:
+                return unembed(self.backbone, self._states(acting, batch, weights)[at[:, 0], at[:, 1]])
         parts, places = [], []
         for index in groups:
             place = torch.full((len(weights),), -1, device=at.device)
             place[index] = torch.arange(len(index), device=at.device)
             mine = (place[at[:, 0]] >= 0).nonzero()[:, 0]
-            with self.acting(weights[index]):
-                hidden = self.backbone.hidden(batch.rows(index))
+            with self.acting(weights[index]) as acting:
+                hidden = self._states(acting, batch.rows(index), weights[index])
                 parts.append(unembed(self.backbone, hidden[place[at[mine, 0]], at[mine, 1]]))
             places.append(mine)
         return torch.cat(parts)[torch.cat(places).argsort()]
+
+    def room(self, weights: Tensor | None) -> int:
+        """How many virtual tokens a row with these weights [K] has before its text."""
+        return int((self.slots * (weights != 0)).amax()) if weights is not None and len(self.slots) else 0
 
     def together(self, weights: Tensor) -> list[Tensor]:
         """Which rows of weights [R, K] may share a pass, as lists of rows: those that agree on the adapters that
@@ -190,8 +200,27 @@ class Plan:
         return total
 
     def _pass(self, batch: Batch, weights: Tensor, causal: bool | str) -> Tensor:
-        with self.acting(weights):
-            return self.backbone.hidden(batch, causal=causal)
+        with self.acting(weights) as acting:
+            return self._states(acting, batch, weights, causal)
+
+    def _states(self, acting: Acting, batch: Batch, weights: Tensor, causal: bool | str = True) -> Tensor:
+        """Last hidden states of the batch's own tokens, in a pass with the virtual tokens that its rows' adapters
+        have."""
+        wide, where = self.widen(acting, batch, weights)
+        hidden = self.backbone.hidden(wide, causal=causal)
+        acting.places = None
+        if where is None or batch.written is not None:
+            return hidden
+        return hidden.gather(1, where[:, :, None].expand(-1, -1, hidden.shape[-1]))
+
+    def widen(self, acting: Acting, batch: Batch, weights: Tensor) -> tuple[Batch, Tensor | None]:
+        """The batch with room for virtual tokens before its sequences, and its old columns' new places [R, T]; until
+        `acting.places` is None again, methods of the tokens place act. Where no row has any, all stays as it is."""
+        n = (self.slots * (weights != 0)).amax(1) if len(self.slots) else torch.zeros(1)
+        if not bool(n.any()):
+            return batch, None
+        wide, where, acting.places = self.backbone.widened(batch, n)
+        return wide, where
 
     @contextlib.contextmanager
     def _hooked(self, acting: Acting) -> Iterator[None]:
@@ -250,7 +279,12 @@ class Change:
         if not len(columns.rows):
             return y
         method = group.methods[0]
-        if self.training and method.dropout:
+        if method.slots:
+            places = self.acting.places
+            if places is None or places.shape != y.shape[:2]:  # DeBERTa's relative positions: see `Backbone.rowless`
+                return y
+            x = places
+        elif self.training and method.dropout:
             x = F.dropout(x, method.dropout)
         return method.mix(group, x, y, columns) if method.mix else lifted(group, x, y, columns)
 
@@ -266,7 +300,7 @@ class Group:
         self._params = [params]
         self._backbone = backbone
         self._training = training
-        self._frozen = backbone.linear(backbone.sites[site]) if method.reads_weights else {}
+        self._frozen = method.frozen(backbone, backbone.sites[site])
         self.joined: dict[str, Any] = {}  # what a method's own `mix` keeps from pass to pass
 
     def takes(self, method: Method, params: Params) -> bool:
@@ -301,6 +335,8 @@ class Acting:
     the modules know."""
 
     mix: Mix
+    places: Tensor | None = None
+    """What stands where [R, T] in a pass with virtual tokens; see `Backbone.widened`."""
     changes: dict[str, Change] | None = field(default_factory=dict)
 
 

@@ -32,7 +32,8 @@ class Method:
     are shown the frozen map's own weight W [width, reads] and bias b [width] (0 where it has none) as `frozen`, in
     `init` and in `ready`. Methods that change whole weights set `swaps`, override `start` with tensors named
     `:<module path>/<parameter>` and need no equation. Methods that change the model itself set `opaque`, and override
-    `start` and `inside`.
+    `start` and `inside`. Tensors named `shared/<parameter>` are every site's. A method that asks for virtual tokens
+    with `slots` gets as x [T] what stands where: virtual token j as j, token t of the text as −1 − t.
     """
 
     name: ClassVar[str] = ""
@@ -45,6 +46,8 @@ class Method:
     reads_weights: ClassVar[bool] = False
     fixed: ClassVar[frozenset[str]] = frozenset()
     """Parameters that are kept with the others and not trained."""
+    common: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that jobs of one training share, where their methods are equal."""
 
     sites: tuple[str, ...] = ()
     dropout: float = 0.0
@@ -53,6 +56,15 @@ class Method:
     """A hand-tuned path beside the generic one: mix(self, group, x, y, columns) -> y + Σ w Δ; see `lifting`."""
     low_rank: ClassVar[Callable[..., tuple[Tensor, Tensor, Tensor | None] | None] | None] = None
     """low_rank(self, group, columns): Σ w Δ as three tensors, where it is B (m ∘ A x); see `lifting.Change`."""
+
+    @property
+    def slots(self) -> int:
+        """How many virtual tokens stand before each sequence."""
+        return 0
+
+    def frozen(self, backbone: Backbone, site: Site) -> Params:
+        """What `init` and `ready` see of the backbone at a site."""
+        return backbone.linear(site) if self.reads_weights else {}
 
     def init(self, site: Site, generator: torch.Generator, frozen: Params) -> Params:
         """One site's tensors before training, fp32, drawn from `generator`; `frozen` has W and b if they are read."""
@@ -93,11 +105,11 @@ class Method:
         """
         generator = torch.Generator().manual_seed(seed)
         tensors: dict[str, Tensor] = {}
-        sites = backbone.sites_for(writing=writing)
+        sites = backbone.reader_sites if self.slots else backbone.sites_for(writing=writing)
         for name in match(sites, self.sites):
             if name == "head":  # its tensors' names would be those of the task's head
                 raise UsageError(f"{self.name} cannot act at the site 'head': name the last block's output, '-1'")
-            frozen = backbone.linear(sites[name]) if self.reads_weights else {}
+            frozen = self.frozen(backbone, sites[name])
             for parameter, tensor in self.init(sites[name], generator, frozen).items():
                 tensors[f"{name}/{parameter}"] = tensor
         return tensors
@@ -111,7 +123,7 @@ class Method:
 
     def only(self, tensors: Mapping[str, Tensor]) -> Self:
         """The method that has tensors at the same sites as these and at no others."""
-        sites = dict.fromkeys(site for name in tensors if (site := name.rpartition("/")[0]) != "head")
+        sites = dict.fromkeys(site for name in tensors if (site := name.rpartition("/")[0]) not in ("head", "shared"))
         return dataclasses.replace(self, sites=tuple(sites))  # type: ignore[type-var]
 
     def expects(self, made: Mapping[str, torch.Size], given: Mapping[str, Tensor]) -> Mapping[str, torch.Size]:

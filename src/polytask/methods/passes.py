@@ -20,7 +20,7 @@ from polytask.adapters import HeadCard
 from polytask.backbones import Backbone, Batch, heads, text
 from polytask.backbones.backbone import padded
 from polytask.backbones.frame import start_token
-from polytask.methods.lifting import Plan
+from polytask.methods.lifting import Active, Plan
 from polytask.tasks import Example
 from polytask.tasks.task import Output
 
@@ -31,8 +31,9 @@ TOKENS_A_PASS = 2048  # padded tokens: large enough for full matrix products, sm
 @dataclass(slots=True)
 class Unit:
     """An example as token ids. `starts` are the positions that are read one by one: of its words' first pieces, where
-    it is tagged, or those that predict its answer's tokens, `target`. `written` is what a decoder beside the encoder
-    reads. `states` are cached hidden states [T, d] of each sequence at the block where passes begin."""
+    it is tagged, of its mask tokens, or those that predict its answer's tokens, `target`. `written` is what a decoder
+    beside the encoder reads. `states` are cached hidden states [T, d] of each sequence at the block where passes
+    begin."""
 
     ids: tuple[list[int], ...]
     starts: list[int] | None = None
@@ -63,11 +64,15 @@ class Seat:
 def encode(backbone: Backbone, head: HeadCard, examples: Sequence[Example], limit: int = 256) -> list[Unit]:
     """Tokenise examples the way `head` reads them, at most `limit` tokens a sequence (a text card has its own)."""
     if head.text:
-        return answered(backbone, text.encode(backbone, head, [text.ask(head, e) for e in examples]))
+        return answered(backbone, text.encode(backbone, head, [text.taught(head, e) for e in examples]))
     if head.kind == "tagging":
         ids, starts = backbone.tokenize_words([e.input for e in examples], limit)
         return [Unit((row,), first) for row, first in zip(ids, starts, strict=True)]
     texts = [e.input if isinstance(e.input, str) else " ".join(e.input) for e in examples]
+    if head.masks:
+        pairs = None if head.pair == "none" else [e.pair or "" for e in examples]
+        masked = zip(*backbone.tokenize_masked(texts, pairs, head.masks, limit), strict=True)
+        return [Unit((row,), at) for row, at in masked]
     if head.pair == "none":
         return [Unit((row,)) for row in backbone.tokenize(texts, limit=limit)]
     seconds = [e.pair or "" for e in examples]
@@ -135,7 +140,7 @@ def schedule(
     Answers in text that may share rows are cut by the budget alone, whatever their lengths.
     """
     ways = [(seat.head.causal, seat.head.text is not None) for seat in seats]
-    for way in sorted({ways[s] for s in which}):
+    for way in sorted({ways[s] for s in which}, key=str):
         chosen = [i for i, s in enumerate(which) if ways[s] == way]
         if way[1] and packable:
             yield from filled([units[i].length for i in chosen], chosen, budget)
@@ -217,7 +222,10 @@ def forward(
         if head.kind == "tagging":
             rows_of, at = words([units[i] for i in members])
             φ = φ[rows_of.to(φ.device), at.to(φ.device)]
-        yield s, members, heads.logits(dict(params), φ)
+        elif head.masks:
+            at = torch.tensor([units[i].at for i in members], device=φ.device)
+            φ = φ[torch.arange(len(at), device=φ.device)[:, None], at]
+        yield s, members, heads.read(head, dict(params), φ, batch.mask[begin:end])
 
 
 def _answers(
@@ -268,18 +276,30 @@ def words(units: Sequence[Unit]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def features(backbone: Backbone, head: HeadCard, units: Sequence[Unit], q: Tensor | None = None) -> list[Tensor]:
-    """What a head reads of the backbone alone: φ [width] of each unit, or [words, d] of each tagged one."""
-    d = heads.width(head, backbone.hidden_size)
-    identity = {"W": torch.eye(d, device=backbone.device), "b": torch.zeros(d, device=backbone.device)}
-    seat = Seat(head, identity if q is None else identity | {"q": q})
-    plan = Plan(backbone, [])
+def features(
+    backbone: Backbone,
+    head: HeadCard,
+    units: Sequence[Unit],
+    q: Tensor | None = None,
+    *,
+    adapter: Active | None = None,
+    start: int = 0,
+) -> list[Tensor]:
+    """What a head reads of the backbone alone, or with an adapter: φ [width] of each unit, [words, d] of each tagged
+    one, [masks, d] of one with mask tokens, [T, d] of one whose tokens labels attend to. `start` is the block at which
+    cached states enter."""
+    p: dict[str, Tensor] = {}
+    if q is not None:  # read by the pooling, so that there has to be a W that leaves φ as it is
+        d = heads.width(head, backbone.hidden_size)
+        p = {"W": torch.eye(d, device=backbone.device), "b": torch.zeros(d, device=backbone.device), "q": q}
+    plan = Plan(backbone, [] if adapter is None else [adapter])
+    seat = Seat(head, p, None if adapter is None else torch.ones(1))
     found: list[Tensor] = [torch.empty(0)] * len(units)
     for pack in packs(units):
-        for _, members, φ in forward(plan, [seat], [units[i] for i in pack], [0] * len(pack)):
+        for _, members, φ in forward(plan, [seat], [units[i] for i in pack], [0] * len(pack), start):
             parts = torch.split(φ, [len(units[pack[j]].at) for j in members]) if head.reads == "words" else φ.unbind()
             for j, part in zip(members, parts, strict=True):
-                found[pack[j]] = part
+                found[pack[j]] = part[: len(units[pack[j]].ids[0])] if head.pool == "labels" else part
     return found
 
 

@@ -20,7 +20,7 @@ import polytask
 from polytask.backbones import Backbone
 from polytask.errors import PolytaskError, UsageError
 from polytask.evaluation import Comparison, Trial
-from polytask.methods import build
+from polytask.methods import selectors
 from polytask.recipes.adapt import adapt
 from polytask.recipes.reading import Reading
 from polytask.tasks import Task
@@ -53,7 +53,7 @@ def compare(
     if not methods or seeds < 1:
         raise UsageError("a comparison needs at least one method and one seed")
     for method in methods:
-        build(method)
+        selectors.build(method)
     if not task.test and not task.validation:
         raise PolytaskError(f"task {task.name}: no test and no validation examples to compare methods on")
     settings, reading = settings or Settings(), reading or Reading()

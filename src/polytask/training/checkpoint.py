@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,7 @@ def save(folder: Path, learners: Sequence[Learner], fingerprint: str) -> None:
         says.append(
             {
                 "job": describe(learner, fingerprint),
+                "method": learner.method.hyperparameters(),
                 "step": learner.step,
                 "stale": learner.stale,
                 "best": learner.best,
@@ -48,8 +49,14 @@ def save(folder: Path, learners: Sequence[Learner], fingerprint: str) -> None:
                 "done": learner.done,
             }
         )
-        for kind, group in (("now", learner.tensors), ("best", learner.best_tensors), ("probe", learner.probe_tensors)):
-            tensors |= {f"{i}/{kind}/{name}": t.detach().cpu().contiguous() for name, t in group.items()}
+        for kind, group in (
+            ("now", learner.tensors),
+            ("best", learner.best_tensors),
+            ("probe", learner.probe_tensors),
+            ("share", learner.shares),
+        ):
+            # Copies: safetensors refuses two names for one storage, and learners may share tensors.
+            tensors |= {f"{i}/{kind}/{name}": t.detach().cpu().clone().contiguous() for name, t in group.items()}
         if learner.optimiser is not None:
             for name, tensor in learner.tensors.items():
                 for moment, value in learner.optimiser.state.get(tensor, {}).items():
@@ -68,8 +75,9 @@ def save(folder: Path, learners: Sequence[Learner], fingerprint: str) -> None:
         raise PolytaskError(f"{folder}: the checkpoint could not be written: {error.strerror}") from error
 
 
-def restore(folder: Path, learners: Sequence[Learner], fingerprint: str) -> None:
-    """Put the learners back to where the checkpoint was made. PolytaskError where it is of other work or damaged."""
+def restore(folder: Path, learners: Sequence[Learner], fingerprint: str, prepare: Callable[[], None]) -> None:
+    """Put the learners back to where the checkpoint was made; `prepare` gives those with their tensors optimisers.
+    PolytaskError where it is of other work or damaged."""
     from safetensors import SafetensorError, safe_open
 
     path = folder / FILE
@@ -87,18 +95,24 @@ def restore(folder: Path, learners: Sequence[Learner], fingerprint: str) -> None
         learner.step, learner.stale, learner.best = state["step"], state["stale"], state["best"]
         learner.probe, learner.history, learner.seconds = state["probe"], state["history"], state["seconds"]
         learner.losses, learner.done = state["losses"], state["done"]
-        with torch.no_grad():
-            for name, tensor in learner.tensors.items():
-                tensor.copy_(tensors[f"{i}/now/{name}"])
+        learner.method = type(learner.method).of(state["method"])
         device = next(iter(learner.tensors.values())).device
-        for kind in ("best", "probe"):
+        order = list(learner.tensors)
+        for kind, field in (
+            ("now", "tensors"),
+            ("best", "best_tensors"),
+            ("probe", "probe_tensors"),
+            ("share", "shares"),
+        ):
             prefix = f"{i}/{kind}/"
             kept = {n.removeprefix(prefix): t.to(device) for n, t in tensors.items() if n.startswith(prefix)}
-            setattr(learner, f"{kind}_tensors", kept)
+            setattr(learner, field, {n: kept[n] for n in order if n in kept})
+    prepare()
+    for i, learner in enumerate(learners):
         if learner.optimiser is not None and not learner.done:
             for name, tensor in learner.tensors.items():
                 learner.optimiser.state[tensor] = {
-                    moment: tensors[f"{i}/{moment}/{name}"].to(device)
+                    moment: tensors[f"{i}/{moment}/{name}"].to(tensor.device)
                     for moment in ("step", "exp_avg", "exp_avg_sq")
                     if f"{i}/{moment}/{name}" in tensors
                 }
@@ -113,6 +127,8 @@ def describe(learner: Learner, fingerprint: str) -> str:
         [
             job.method.name,
             job.method.hyperparameters(),
+            [job.selector.name, job.selector.hyperparameters()] if job.selector else None,
+            job.begin.id if job.begin else None,
             job.head.model_dump(mode="json"),
             vars(job.settings),
             card.sha256,

@@ -10,6 +10,7 @@ jobs is computed once and kept.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,13 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polytask.backbones import Backbone, heads
-from polytask.errors import PolytaskError
+from polytask.backbones import Backbone, heads, perfect, text
+from polytask.errors import PolytaskError, UsageError
 from polytask.methods import passes
 from polytask.methods.lifting import Active, Plan
+from polytask.methods.method import Method
 from polytask.methods.passes import Seat, Unit
+from polytask.methods.selectors.selector import Penalty
 from polytask.tasks.scorers import score
 from polytask.training import checkpoint, probe
+from polytask.training.look import Looking
 from polytask.training.settings import Job
 
 # Training starts from the probe's logits times this. A probe that separates its training data has a loss, and so a
@@ -55,9 +59,12 @@ PREDICTED = "p(token)"  # the geometric mean of the probabilities of the answers
 
 @dataclass
 class Learned:
-    """What training gives: the best tensors by validation score, that of the frozen features, and how it went."""
+    """What training gives: the best tensors by validation score, that of the frozen features, and how it went.
+    `method` is the job's, at the sites that its selector left to it; `chosen` counts the numbers that were trained."""
 
+    method: Method
     tensors: dict[str, Tensor]
+    chosen: int
     validation: float
     probe: float
     probe_tensors: dict[str, Tensor]
@@ -76,6 +83,11 @@ class Learner:
     targets: list[Any]
     held: list[Unit]
     tensors: dict[str, Tensor]
+    method: Method
+    shares: dict[str, Tensor] = field(default_factory=dict)
+    """See `Choice.shares`."""
+    penalty: Penalty | None = None
+    """Added to the loss, beside what the method itself adds."""
     class_weights: Tensor | None = None
     optimiser: torch.optim.Optimizer | None = None
     order: list[list[int]] = field(default_factory=list)
@@ -89,6 +101,24 @@ class Learner:
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
     done: bool = False
+    owner: Learner | None = None
+    """The one whose optimiser moves the tensors that are shared with it."""
+
+    @property
+    def over(self) -> bool:
+        """Whether it has learnt what it can."""
+        return self.step >= self.steps or self.stale >= self.job.settings.patience
+
+    @property
+    def common(self) -> list[str]:
+        """The names of the tensors that are shared with others."""
+        return [n for n in self.tensors if n.rpartition("/")[2] in self.method.common and not n.startswith("head/")]
+
+    @property
+    def chosen(self) -> int:
+        """How many numbers are trained."""
+        own = {n: t for n, t in self.tensors.items() if self.method.trains(n)}
+        return sum(int(self.shares[n].count_nonzero()) if n in self.shares else t.numel() for n, t in own.items())
 
     @property
     def metric(self) -> str:
@@ -130,14 +160,20 @@ def train(
         _probe(backbone, learner)
         learner.seconds = time.perf_counter() - began
         tell(Event("probe", i, score=learner.probe, seconds=learner.seconds, metric=learner.metric))
-    moving = [learner for learner in learners if any(not n.startswith("head/") for n in learner.tensors)]
     for learner in learners:
-        learner.done = learner not in moving
-    if moving:
+        learner.done = all(n.startswith("head/") for n in learner.tensors)
+    if folder is None or not checkpoint.found(folder):
+        for learner in learners:
+            began = time.perf_counter()
+            _select(backbone, learner)
+            learner.seconds += time.perf_counter() - began
+    if not all(learner.done for learner in learners):
         Loop(backbone, learners, tell, folder, accelerator).run()
     return [
         Learned(
+            method=learner.method,
             tensors=learner.best_tensors,
+            chosen=learner.chosen,
             validation=learner.best,
             probe=learner.probe,
             probe_tensors=learner.probe_tensors,
@@ -147,6 +183,16 @@ def train(
         )
         for learner in learners
     ]
+
+
+def _share(learners: Sequence[Learner]) -> None:
+    """Give learners whose methods share tensors an owner: the one with the most steps, so that its rate is never at an
+    end while another learns."""
+    for method in dict.fromkeys(learner.method for learner in learners if learner.common and not learner.done):
+        mates = [learner for learner in learners if learner.method == method and not learner.done]
+        owner = max(mates, key=lambda learner: learner.steps)
+        for learner in mates:
+            learner.owner = owner if len(mates) > 1 else None
 
 
 def _prepare(backbone: Backbone, job: Job) -> Learner:
@@ -159,16 +205,22 @@ def _prepare(backbone: Backbone, job: Job) -> Learner:
     settings = job.settings
     first = heads.start(job.head, backbone.hidden_size, settings.seed)
     own = job.method.start(backbone, settings.seed, writing=job.head.text is not None)
-    tensors = {f"head/{name}": t for name, t in first.items()} | own
+    begun = _begun(job, own)
+    tensors = {f"head/{name}": t for name, t in first.items()} | own | begun
     weights = None
     if settings.balanced and job.head.targets and not job.head.text:
         weights = heads.class_weights(job.head, [e.output for e in task.train if e.output is not None])
     return Learner(
         job=job,
-        units=passes.encode(backbone, job.head, task.train, settings.tokens),
+        units=passes.encode(
+            backbone, job.head, task.train, min(settings.tokens, backbone.max_length - job.method.slots)
+        ),
         targets=[] if job.head.text else [heads.encode(job.head, e.output) for e in task.train],
-        held=passes.encode(backbone, job.head, task.validation, settings.tokens),
+        held=passes.encode(
+            backbone, job.head, task.validation, min(settings.tokens, backbone.max_length - job.method.slots)
+        ),
         tensors={name: t.to(backbone.device) for name, t in tensors.items()},
+        method=job.method,
         class_weights=None if weights is None else weights.to(backbone.device),
     )
 
@@ -198,6 +250,9 @@ def _probe(backbone: Backbone, learner: Learner) -> None:
         learner.probe = learner.best = _fit(log_p)
         learner.best_tensors = {name: t.clone() for name, t in learner.tensors.items()}
         return
+    if head.pool == "labels":
+        _attend(backbone, learner)
+        return
     q = learner.tensors.get("head/q")
     joined = torch.stack if head.kind != "tagging" else torch.cat
     φ = joined(passes.features(backbone, head, learner.units, q))
@@ -205,7 +260,7 @@ def _probe(backbone: Backbone, learner: Learner) -> None:
     y = _targets(learner, range(len(learner.units))).to(backbone.device)
 
     def validate(p: dict[str, Tensor]) -> float:
-        outputs, _ = heads.decode(head, heads.logits(p, held_φ))
+        outputs, _ = heads.decode(head, heads.read(head, p, held_φ))
         if head.kind == "tagging":
             given = iter(outputs)
             outputs = [
@@ -214,29 +269,104 @@ def _probe(backbone: Backbone, learner: Learner) -> None:
             ]
         return _score(learner, outputs)
 
+    if head.masks:
+        p = learner.head | {"c": perfect.prototypes(φ, y, len(head.targets))}
+    else:
+        with torch.enable_grad():
+            tagging = head.kind == "tagging"
+            p = probe.fit(
+                head,
+                φ,
+                y,
+                learner.head,
+                validate,
+                weights=learner.class_weights,
+                penalties=probe.PENALTIES[1:3] if tagging else probe.PENALTIES,
+                steps=30 if tagging else 60,
+            )
+    _begin(learner, p, validate(p), SOFTER if head.targets and not head.masks else 1.0)
+
+
+def _attend(backbone: Backbone, learner: Learner) -> None:
+    """Fit a head whose labels attend to tokens, on frozen features: those of as many training examples, drawn by the
+    seed, as CACHE_BYTES hold."""
+    head, task = learner.job.head, learner.job.task
+    drawn = torch.Generator().manual_seed(learner.job.settings.seed)
+    order = torch.randperm(len(learner.units), generator=drawn).tolist()
+    used = itertools.accumulate(4 * backbone.hidden_size * len(learner.units[i].ids[0]) for i in order)
+    chosen = sorted(i for i, size in zip(order, used, strict=True) if size <= CACHE_BYTES or i == order[0])
+    φ = passes.features(backbone, head, [learner.units[i] for i in chosen])
+    held_φ = passes.features(backbone, head, learner.held)
+    y = _targets(learner, chosen).to(backbone.device)
+    E = passes.embed(backbone, [text.described(label) for label in task.labels], learner.job.settings.tokens)
+
+    def validate(p: dict[str, Tensor]) -> float:
+        with torch.no_grad():
+            z = [probe.tokenwise(head, p, held_φ[i : i + 64]) for i in range(0, len(held_φ), 64)]
+        return _score(learner, heads.decode(head, torch.cat(z))[0] if z else [])
+
     with torch.enable_grad():
-        tagging = head.kind == "tagging"
-        p = probe.fit(
+        p = probe.descend(
             head,
             φ,
             y,
-            learner.head,
-            validate,
+            learner.head | {"E": E.to(backbone.device)},
+            validate if learner.held else None,
             weights=learner.class_weights,
-            penalties=probe.PENALTIES[1:3] if tagging else probe.PENALTIES,
-            steps=30 if tagging else 60,
+            seed=learner.job.settings.seed,
         )
-    learner.probe = learner.best = validate(p)
+    _begin(learner, p, validate(p))
+
+
+def _begin(learner: Learner, p: dict[str, Tensor], score: float, softer: float = 1.0) -> None:
+    """Have the learner start from a head that was fitted on frozen features, its logits times `softer`."""
+    learner.probe = learner.best = score
     learner.probe_tensors = {f"head/{name}": t.detach().clone() for name, t in p.items()}
     learner.best_tensors = {n: t.clone() for n, t in (learner.tensors | learner.probe_tensors).items()}
-    softer = SOFTER if head.targets else 1.0
     learner.tensors |= {name: softer * t for name, t in learner.probe_tensors.items()}
 
 
+def _begun(job: Job, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that training begins with instead of the method's own: those of the job's adapter, but for its
+    head."""
+    if job.begin is None:
+        return {}
+    given = {n: t for n, t in job.begin.tensors.items() if not n.startswith(("head/", "task/"))}
+    wrong = sorted(n for n in given.keys() ^ own.keys() if n in given or n in own) or [
+        n for n, t in given.items() if t.shape != own[n].shape
+    ]
+    if wrong:
+        raise UsageError(
+            f"task {job.task.name}: {job.method.name} with these hyperparameters cannot begin with adapter "
+            f"{job.begin.name} ({job.begin.method}): they differ in {wrong[0]}; give those it was made with"
+        )
+    return {n: t.detach().clone().float() for n, t in given.items()}
+
+
+def _select(backbone: Backbone, learner: Learner) -> None:
+    """Have the job's selector choose what is trained."""
+    if learner.job.selector is None:
+        return
+
+    def open_loop(copy: Learner, penalty: Penalty | None) -> Loop:
+        copy.penalty = penalty
+        return Loop(backbone, [copy], lambda event: None, None, None)
+
+    look = Looking(backbone, learner, open_loop)
+    choice = learner.job.selector.choose(look)
+    learner.method, learner.tensors, learner.shares = choice.method, choice.tensors, choice.shares
+    learner.best_tensors = {n: t.clone() for n, t in (learner.tensors | learner.probe_tensors).items()}
+    if choice.done:
+        learner.done = True
+        learner.best, learner.best_tensors = look.score(choice.method, choice.tensors), choice.tensors
+
+
 def _penalise(learner: Learner) -> None:
-    """Add the gradients of what the method itself adds to the loss."""
-    method = learner.job.method
+    """Add the gradients of what the method and a selector's trial training add to the loss."""
+    method = learner.method
     terms = [method.penalty(dict(p)) for p in Active.of(method, learner.tensors).at.values()]
+    if learner.penalty is not None:
+        terms.append(learner.penalty(learner.tensors))
     found = [term for term in terms if term is not None]
     if found:
         torch.stack(found).sum().backward()  # type: ignore[no-untyped-call]
@@ -266,14 +396,12 @@ class Loop:
     ) -> None:
         self.backbone, self.learners, self.tell, self.folder = backbone, learners, tell, folder
         self.accelerator = accelerator
-        self.start = self._first_block()
-        for learner in learners:
-            if not learner.done:
-                self._open(learner)
         if folder is not None and checkpoint.found(folder):
-            checkpoint.restore(folder, learners, backbone.fingerprint)
+            checkpoint.restore(folder, learners, backbone.fingerprint, self._open)
         else:
+            self._open()
             torch.manual_seed(learners[0].job.settings.seed)
+        self.start = self._first_block()
         if self.start:
             self._cache()
 
@@ -295,30 +423,48 @@ class Loop:
                 if self.folder is not None and (self.accelerator is None or self.accelerator.is_main_process):
                     checkpoint.save(self.folder, self.learners, self.backbone.fingerprint)
 
-    def _open(self, learner: Learner) -> None:
-        """Make the learner's tensors trainable and give them an optimiser."""
+    def _open(self) -> None:
+        _share(self.learners)
+        for learner in self.learners:
+            if not learner.done:
+                self._prepare(learner)
+
+    def _prepare(self, learner: Learner) -> None:
+        """Make the learner's tensors trainable and give them an optimiser; shared ones are its owner's."""
         settings = learner.job.settings
-        method = learner.job.method
+        method = learner.method
+        if learner.owner not in (None, learner):
+            learner.tensors |= {name: learner.owner.tensors[name] for name in learner.common}
         own = {name: t.requires_grad_() for name, t in learner.tensors.items() if method.trains(name)}
-        inner = [t for name, t in own.items() if not name.startswith("head/")]
+        others = set(learner.common) if learner.owner not in (None, learner) else set()
+        inner = [t for name, t in own.items() if not name.startswith("head/") and name not in others]
         outer = [t for name, t in own.items() if name.startswith("head/")]
         rate = settings.rate(method.name, self.backbone.hidden_size)
+        # The matrices of labels that attend start where their fit ended, and bear no higher rate than it had.
+        head_rate = min(settings.head_lr, probe.RATE) if learner.job.head.pool == "labels" else settings.head_lr
         learner.optimiser = torch.optim.AdamW(
             [
                 {"params": inner, "lr": rate, "peak": rate, "weight_decay": settings.weight_decay},
-                {"params": outer, "lr": settings.head_lr, "peak": settings.head_lr, "weight_decay": 0.0},
+                {"params": outer, "lr": head_rate, "peak": head_rate, "weight_decay": 0.0},
             ],
             fused=True,
         )
 
     def _step(self, active: list[Learner]) -> None:
+        self.backward(active, [self._next(learner) for learner in active])
+        for learner in active:
+            if self._rank == 0:
+                _penalise(learner)
+            self._update(learner)
+
+    def backward(self, active: list[Learner], batches: Sequence[list[int]]) -> None:
+        """The gradients of each learner's mean loss over its batch of training examples, by number."""
         plan, seats = self._plan(active, training=True)
         units: list[Unit] = []
         which: list[int] = []
         index: list[int] = []
         count: list[int] = []
-        for s, learner in enumerate(active):
-            batch = self._next(learner)
+        for s, (learner, batch) in enumerate(zip(active, batches, strict=True)):
             count.append(self._loss_terms(learner, batch))
             mine = batch[self._rank :: self._world]
             units += [learner.units[i] for i in mine]
@@ -338,10 +484,6 @@ class Loop:
                 learner.losses[-1] += float(loss.detach())
                 total = total + loss
             total.backward()  # type: ignore[no-untyped-call]
-        for learner in active:
-            if self._rank == 0:
-                _penalise(learner)
-            self._update(learner)
 
     def _loss_terms(self, learner: Learner, batch: Sequence[int]) -> int:
         if learner.job.head.reads == "sequence":
@@ -351,7 +493,8 @@ class Loop:
     def _update(self, learner: Learner) -> None:
         assert learner.optimiser is not None
         settings = learner.job.settings
-        own = list(learner.tensors.values())
+        others = set(learner.common) if learner.owner not in (None, learner) else set()
+        own = [t for name, t in learner.tensors.items() if name not in others]
         if self._world > 1:
             flat = torch.cat([t.grad.flatten() if t.grad is not None else torch.zeros_like(t).flatten() for t in own])
             flat = torch.cat([flat, flat.new_tensor([learner.losses[-1]])])
@@ -371,8 +514,12 @@ class Loop:
         share = min((t + 1) / warm, (learner.steps - t) / max(1.0, learner.steps - warm))
         for group in learner.optimiser.param_groups:
             group["lr"] = group["peak"] * share
+        before = {name: learner.tensors[name].detach().clone() for name in learner.shares}
         learner.optimiser.step()
         learner.optimiser.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, kept in learner.shares.items():
+                learner.tensors[name].lerp_(before[name], 1 - kept)
 
     def _next(self, learner: Learner) -> list[int]:
         """The next batch. An epoch is a shuffle, cut into chunks that are sorted by length and cut into batches; what
@@ -394,16 +541,31 @@ class Loop:
         return learner.order[at]
 
     def _plan(self, learners: Sequence[Learner], *, training: bool) -> tuple[Plan, list[Seat]]:
-        adapters = [Active.of(learner.job.method, learner.tensors) for learner in learners]
+        adapters = [Active.of(learner.method, learner.tensors) for learner in learners]
         one = torch.eye(len(learners))
-        seats = [Seat(learner.job.head, learner.head, one[i]) for i, learner in enumerate(learners)]
+        reads = heads.taught if training else dict
+        seats = [Seat(learner.job.head, reads(learner.head), one[i]) for i, learner in enumerate(learners)]
         return Plan(self.backbone, adapters, training=training), seats
 
     @torch.no_grad()
-    def _evaluate(self, learners: list[Learner]) -> None:
+    def validate(self, learners: list[Learner]) -> list[float]:
+        """Each learner's validation score as it is now."""
+        for learner in learners:
+            if learner.job.head.masks:
+                self._place(learner)
         plan, seats = self._plan(learners, training=False)
+        return self._values(learners, plan, seats)
+
+    def _place(self, learner: Learner) -> None:
+        """Put the prototypes of a head that answers by them where its classes lie now."""
+        adapter = Active.of(learner.method, learner.tensors)
+        h = passes.features(self.backbone, learner.job.head, learner.units, adapter=adapter, start=self.start)
+        y = _targets(learner, range(len(learner.units))).to(h[0].device)
+        learner.tensors["head/c"] = perfect.prototypes(torch.stack(h), y, len(learner.job.head.targets))
+
+    def _evaluate(self, learners: list[Learner]) -> None:
         began = time.perf_counter()
-        values = self._values(learners, plan, seats)
+        values = self.validate(learners)
         spent = time.perf_counter() - began
         for learner, value in zip(learners, values, strict=True):
             learner.seconds += spent / len(learners)
@@ -417,7 +579,8 @@ class Loop:
                 learner.best_tensors = {name: t.detach().clone() for name, t in learner.tensors.items()}
             else:
                 learner.stale += 1
-            learner.done = learner.step >= learner.steps or learner.stale >= learner.job.settings.patience
+            mates = [other for other in self.learners if other.owner is learner and other is not learner]
+            learner.done = learner.over and all(other.done or other.over for other in mates)
             self._tell("score", learner, epoch, loss, value)
             if learner.done:
                 self._tell("done", learner, epoch, loss, learner.best)
@@ -456,9 +619,11 @@ class Loop:
         prefix = "enc." if self.backbone.kind == "encoder-decoder" else ""
         lowest = len(self.backbone.blocks) - 1
         for learner in self.learners:
+            if learner.method.slots and not learner.done:
+                return 0
             for name in learner.tensors:
                 site = name.rpartition("/")[0].removeprefix(prefix)
-                if learner.done or site == "head":
+                if learner.done or site in ("head", "shared"):
                     continue
                 number = site.partition(".")[0]
                 lowest = min(lowest, int(number)) if number.isdigit() else 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from polytask.adapters import HeadCard
+from polytask.adapters import Adapter, HeadCard
 from polytask.errors import UsageError
 from polytask.methods import Method
+from polytask.methods.selectors import Selector
 from polytask.tasks import Task
 
 # Peak learning rate by method, for AdamW with the head warm-started from a probe; the values that did best on the
@@ -17,12 +18,22 @@ LEARNING_RATES = {
     "lora": 2e-3,
     "dora": 2e-3,
     "kasa": 2e-3,
+    "pissa": 2e-3,
+    "smora": 2e-3,
+    "elastic": 1e-3,
     "bottleneck": 1e-3,
     "pfeiffer": 1e-3,
     "parallel": 1e-3,
     "compacter": 3e-3,
     "ia3": 1e-2,
     "bitfit": 1e-2,
+    "lofit": 1e-2,
+    "rotation": 1e-2,
+    "prompt": 1e-2,
+    "ptuning": 1e-3,
+    "ept": 1e-2,
+    "prefix": 1e-2,
+    "aligner": 1e-2,
     "full": 1e-4,
 }
 
@@ -72,9 +83,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One adapter to train: a task, a method, a head, and how."""
+    """One adapter to train: a task, a method, a head, and how; `selector` chooses what of the method is trained.
+    `begin` is an adapter of the method whose tensors it begins with."""
 
     task: Task
     method: Method
     head: HeadCard
     settings: Settings = field(default_factory=Settings)
+    selector: Selector | None = None
+    begin: Adapter | None = None

@@ -1,4 +1,4 @@
-"""LoRA, DoRA and (IA)^3 adapters to and from the folder format of Hugging Face PEFT, which vLLM and others serve.
+"""Adapters to and from the folder format of Hugging Face PEFT, which vLLM and others serve.
 
 | polytask                          | PEFT                                                                        |
 |-----------------------------------|-----------------------------------------------------------------------------|
@@ -8,6 +8,8 @@
 | DoRA `<site>/m` [out]             | `base_model.model.<path>.lora_magnitude_vector` [out]                       |
 | (IA)^3 `<site>/l` at an output    | `<path>.ia3_l` [out, 1]                                                     |
 | (IA)^3 `<site>/l` at an input     | `<path>.ia3_l` [1, in], the path also in `feedforward_modules`              |
+| PiSSA, KaSA                       | a LoRA of twice the rank: see `inplace`                                     |
+| prompt, ptuning, prefix           | `prompt_embeddings`: see `tokens`                                           |
 | head, `task/mean`, card           | `polytask_head.safetensors`, `polytask_head.json`: PEFT does not read them  |
 
 A site that is a part of a fused projection (GPT-2's q of `c_attn`) has no module of its own. The parts p of one module
@@ -18,8 +20,8 @@ become one block,
 which computes the same; parts that share one A keep its rank.
 """
 
-from polytask.adapters.peft.layout import SiteLike, is_peft
+from polytask.adapters.peft.layout import ModelLike, SiteLike, is_peft
 from polytask.adapters.peft.read import import_peft
 from polytask.adapters.peft.write import export_peft
 
-__all__ = ["SiteLike", "export_peft", "import_peft", "is_peft"]
+__all__ = ["ModelLike", "SiteLike", "export_peft", "import_peft", "is_peft"]

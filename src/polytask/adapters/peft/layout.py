@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -46,9 +46,41 @@ class SiteLike(Protocol):
     def part(self) -> PartLike | None: ...
 
 
+class ModelLike(Protocol):
+    """What some methods need of the backbone itself: `polytask.backbones.Backbone` is one.
+
+    `heads`: query heads of an attention. `linear` gives a site's weight `W` [width, reads]. The other two take the name
+    of a site `3.attn.k`, and turn what it puts out at positions 0, 1, … into what the attention keeps, and back.
+    """
+
+    @property
+    def heads(self) -> int: ...
+    def linear(self, site: Any) -> Mapping[str, Tensor]: ...
+    def keys_kept(self, name: str, K: Tensor) -> Tensor: ...
+    def keys_put_out(self, name: str, kept: Tensor) -> Tensor: ...
+
+
+class Written(NamedTuple):
+    """An adapter in PEFT's words. Where `exact`, the same tensors, number for number, come back out of it. `columns`
+    says which of a module's rank columns are whose."""
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    exact: bool
+    columns: dict[str, Any] | None = None
+
+
 def is_peft(folder: Path) -> bool:
     """Whether a folder is for `import_peft`; one that also holds polytask's own format is read as that."""
     return (folder / CONFIG).exists() and not (folder / DESCRIPTION).exists()
+
+
+def by_path(names: Iterable[str], sites: Mapping[str, SiteLike]) -> dict[str, list[str]]:
+    """The sites of each module."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(sites[name].path, []).append(name)
+    return found
 
 
 def whole_width(path: str, sites: Mapping[str, SiteLike]) -> int:

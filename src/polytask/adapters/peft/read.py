@@ -14,12 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from polytask.adapters.adapter import Adapter, BackboneCard, Card, HeadCard
+from polytask.adapters.peft import inplace, tokens
 from polytask.adapters.peft.layout import (
     CONFIG,
     HEAD,
     HEAD_TENSORS,
     PREFIX,
     TENSORS,
+    ModelLike,
     SiteLike,
     features_of,
     sha256,
@@ -46,6 +48,7 @@ _HARMLESS = frozenset(
         "inference_mode",
         "init_ia3_weights",
         "init_lora_weights",
+        "kasa_config",
         "layers_pattern",
         "layers_to_transform",
         "loftq_config",
@@ -68,7 +71,8 @@ _HARMLESS = frozenset(
         "use_rslora",
     )
 )
-# Starts that leave the base weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ, …) write into them.
+# Starts that leave the base weights as they are; the others (OLoRA, CorDA, LoftQ, PiSSA's fast one, …) write into them
+# what cannot be found again.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -76,6 +80,7 @@ def import_peft(
     folder: str | Path,
     sites: Mapping[str, SiteLike],
     *,
+    model: ModelLike | None = None,
     backbone: BackboneCard | None = None,
     card: Card | None = None,
     head: HeadCard | None = None,
@@ -84,19 +89,20 @@ def import_peft(
     """Read a folder that PEFT (or `export_peft`) wrote.
 
     PEFT does not say which weights an adapter belongs to: `backbone` and `card` must be given, unless polytask wrote
-    the folder. `head_module` names the module in `modules_to_save` that is the head described by `head`.
+    the folder. `model` is the backbone itself: prefixes, PiSSA and KaSA by others need it. `head_module` names the
+    module in `modules_to_save` that is the head described by `head`.
 
     A module whose scale is not the one of `r` and `alpha` (`rank_pattern`, `alpha_pattern`) has the ratio multiplied
     into its B.
 
     Raises:
-        UsageError: `backbone` or `card` is needed; the folder has no adapter; a module has no site.
-        PolytaskError: the weights are pickled or damaged, or the adapter cannot be represented (DoRA, biases, saved
-            modules, starts that change the base weights).
+        UsageError: `backbone`, `card` or `model` is needed; the folder has no adapter; a module has no site.
+        PolytaskError: the weights are pickled or damaged, or the adapter cannot be represented (biases, saved modules,
+            starts that change the base weights).
     """
     folder = Path(folder)
     config = _read_json(folder, CONFIG)
-    kind = _accept(folder, config, head_module)
+    kind = _accept(folder, config)
     tensors = _read_tensors(folder)
     said = _read_json(folder, HEAD) if (folder / HEAD).exists() else {}
     rest: dict[str, Tensor] = {}
@@ -105,10 +111,11 @@ def import_peft(
             raise PolytaskError(f"{folder / HEAD}: format version {said.get('format_version')}; this polytask reads 1")
         rest = read_safetensors(folder / HEAD_TENSORS)
         try:
+            was, had = str(said["method"]), dict(said["hyperparameters"])
             stated = BackboneCard.model_validate(said["backbone"])
             card = card or Card.model_validate(said["card"])
             head = head or (HeadCard.model_validate(said["head"]) if said["head"] else None)
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise PolytaskError(f"{folder / HEAD}: is damaged: {' '.join(str(error).split())[:200]}") from None
         if backbone is not None and backbone.fingerprint != stated.fingerprint:
             raise PolytaskError(f"{folder}: was made for {stated.name}, whose weights are not those of {backbone.name}")
@@ -117,50 +124,71 @@ def import_peft(
     if backbone is None or card is None:
         raise UsageError(f"{folder}: PEFT does not say which weights and task it is for; pass backbone= and card=")
 
-    saved = list(config.get("modules_to_save") or [])
+    # PEFT's classifiers name these two, and twice, whatever the model has.
+    saved = list(dict.fromkeys(config.get("modules_to_save") or []))
+    saved = [m for m in saved if m not in ("classifier", "score") or any(f".{m}." in name for name in tensors)]
     if saved and saved != [head_module]:
         raise PolytaskError(f"{folder}: it trained {', '.join(saved)} too (modules_to_save); name it with head_module=")
     if head_module in saved:
-        for key, name in ((f"{PREFIX}{head_module}.weight", "head/W"), (f"{PREFIX}{head_module}.bias", "head/b")):
+        before = "base_model." if kind in tokens.METHODS else PREFIX
+        for key, name in ((f"{before}{head_module}.weight", "head/W"), (f"{before}{head_module}.bias", "head/b")):
             if key in tensors:
                 rest[name] = tensors.pop(key)
         if "head/W" in rest and head is None:
             raise UsageError(f"{folder}: say what the head {head_module} stands for with head=HeadCard(...)")
 
     untouched = bool(said) and said.get("sha256") == sha256(folder)
-    if kind != "ia3":
-        learned, hyperparameters = _lora_tensors(folder, config, tensors, sites, said if untouched else {})
-    else:
+    beside = {name: rest.pop(name) for name in list(rest) if name.rpartition("/")[0] not in ("head", "task")}
+    if untouched and beside:
+        kind, learned, hyperparameters = was, beside, had
+    elif kind in tokens.METHODS:
+        learned, hyperparameters = tokens.read(folder, config, tensors, sites, model)
+        note = tokens.note(config)
+        card = card.model_copy(update={"notes": (*card.notes, note)}) if note else card
+    elif kind == "ia3":
         learned, hyperparameters = _ia3_tensors(folder, config, tensors, sites)
+    else:
+        learned, hyperparameters = _lora_tensors(folder, kind, config, tensors, sites, said if untouched else {})
+        if kind in inplace.PARAMETERS:
+            learned, hyperparameters = inplace.completed(folder, kind, learned, hyperparameters, config, sites, model)
     order = {site: number for number, site in enumerate(sites)}
+    unknown = next((site for name in learned if (site := name.rpartition("/")[0]) not in order), None)
+    if unknown is not None:
+        raise UsageError(f"{folder}: site {unknown} is not in this backbone; it is for another architecture")
     learned = dict(sorted(learned.items(), key=lambda item: order[item[0].rpartition("/")[0]]))
     if untouched:
-        hyperparameters = said["hyperparameters"]
+        hyperparameters = had
     return Adapter(
         method=kind, hyperparameters=hyperparameters, tensors=learned | rest, backbone=backbone, card=card, head=head
     )
 
 
-def _accept(folder: Path, config: Mapping[str, Any], head_module: str | None) -> str:
-    """Which method it is: `lora`, `dora` or `ia3`; refuses what polytask would compute differently."""
+def _accept(folder: Path, config: Mapping[str, Any]) -> str:
+    """Which method it is; refuses what polytask would compute differently."""
     path = folder / CONFIG
     if "peft_type" not in config and "config" in config:
         raise PolytaskError(f"{path}: is of AdapterHub's adapters, not of PEFT")
-    kind = {"LORA": "lora", "IA3": "ia3"}.get(str(config.get("peft_type")).upper())
+    types = {"LORA": "lora", "IA3": "ia3", **tokens.TYPES}
+    kind = types.get(str(config.get("peft_type")).upper())
     if kind is None:
-        raise PolytaskError(f"{path}: peft_type {config.get('peft_type')}; polytask imports LORA and IA3")
+        raise PolytaskError(f"{path}: peft_type {config.get('peft_type')}; polytask imports {', '.join(types)}")
     if config.get("bias", "none") != "none":
         raise PolytaskError(f"{path}: bias is {config['bias']!r}: it trained the base's biases, which cannot be kept")
     for key, value in config.items():
-        if key not in _HARMLESS and value:
+        if key not in (tokens.HARMLESS if kind in tokens.METHODS else _HARMLESS) and value:
             raise PolytaskError(f"{path}: {key} is set; polytask's {kind} cannot represent it")
     start = config.get("init_lora_weights")
-    if start not in _PLAIN_STARTS:
+    kinds = ["dora"] if config.get("use_dora") else []
+    kinds += ["kasa"] if config.get("kasa_config") else []
+    kinds += ["pissa"] if start == "pissa" else []
+    if len(kinds) > 1:
+        raise PolytaskError(f"{path}: is {' and '.join(kinds)} at once; polytask has each by itself")
+    if start not in (*_PLAIN_STARTS, "pissa"):
         raise PolytaskError(
             f"{path}: init_lora_weights {start!r} changes the base weights; save it from PEFT as a plain LoRA "
             "(save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    return "dora" if kind == "lora" and config.get("use_dora") else kind
+    return kinds[0] if kind == "lora" and kinds else kind
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -188,28 +216,30 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _lora_tensors(
     folder: Path,
+    kind: str,
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     sites: Mapping[str, SiteLike],
     said: Mapping[str, Any],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Each site's A and B (of DoRA also m), and the hyperparameters. `said` is what `export_peft` wrote beside a folder
-    that nobody has changed since; empty for any other."""
+    """Each site's A and B (of DoRA also m, of KaSA d), and the hyperparameters. `said` is what `export_peft` wrote
+    beside a folder that nobody has changed since; empty for any other."""
     pairs: dict[str, dict[str, Tensor]] = {}
-    dora = bool(config.get("use_dora"))
-    kinds = r"(.+)\.lora_(?:([AB])\.weight|(m)agnitude_vector)" if dora else r"(.+)\.lora_(?:([AB])\.weight)()"
+    files = {"A": "lora_A.weight", "B": "lora_B.weight"}
+    files |= {"dora": {"m": "lora_magnitude_vector"}, "kasa": {"d": "lora_diag"}}.get(kind, {})
+    letters = {file: letter for letter, file in files.items()}
     for key, tensor in tensors.items():
-        match = re.fullmatch(re.escape(PREFIX) + kinds, key)
-        if match is None:
+        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.(lora_.+)", key)
+        if match is None or match[2] not in letters:
             raise PolytaskError(
                 f"{folder}: tensor {shown(key)} is no LoRA of a linear module; polytask cannot represent it"
             )
-        pairs.setdefault(match[1], {})[match[2] or match[3]] = tensor
+        pairs.setdefault(match[1], {})[letters[match[2]]] = tensor
     if not pairs:
         raise PolytaskError(f"{folder / TENSORS}: holds no LoRA tensors")
     for path, pair in pairs.items():
-        for letter, file in (("A", "lora_A.weight"), ("B", "lora_B.weight"), ("m", "lora_magnitude_vector")):
-            if letter not in pair and (dora or letter != "m"):
+        for letter, file in files.items():
+            if letter not in pair:
                 raise PolytaskError(f"{folder / TENSORS}: {shown(path)} has no {file}")
 
     shift = _Shift(folder, pairs, sites)
@@ -237,26 +267,28 @@ def _lora_tensors(
                 f"{folder}: {path} has A {tuple(A.shape)} and B {tuple(B.shape)}, "
                 f"but the module reads {sites[names[0]].reads} and is {total} wide"
             )
-        if dora and tuple(pair["m"].shape) != (total,):
-            raise PolytaskError(
-                f"{folder}: {path}.lora_magnitude_vector has shape {tuple(pair['m'].shape)}, and the module is {total} "
-                "wide"
-            )
+        for letter, length in (("m", total), ("d", rank)):
+            if letter in pair and tuple(pair[letter].shape) != (length,):
+                raise PolytaskError(
+                    f"{folder}: {path}.{files[letter]} has shape {tuple(pair[letter].shape)}, and not ({length},)"
+                )
         columns = said.get("columns", {}).get(path)
         for name in names:
             if columns is not None and name not in columns:
                 continue
             start, stop = columns[name] if columns is not None else (0, rank)
             own_rows = B if sites[name].part is None else B[features_of(sites[name], sites)]
-            if columns is None and not dora and len(names) > 1 and not own_rows.any() and B.any():
+            if columns is None and kind == "lora" and len(names) > 1 and not own_rows.any() and B.any():
                 continue  # the exporter's zeros at a part that has no adapter
             learned[f"{name}/A"] = A[start:stop].contiguous()
             learned[f"{name}/B"] = own_rows[:, start:stop].contiguous()
-            if dora:
+            if kind == "dora":
                 m = pair["m"]
                 learned[f"{name}/m"] = (
                     m if sites[name].part is None else m[features_of(sites[name], sites)]
                 ).contiguous()
+            if kind == "kasa":
+                learned[f"{name}/d"] = pair["d"]
     hyperparameters: dict[str, Any] = {
         "r": r,
         "alpha": whole_number(alpha),

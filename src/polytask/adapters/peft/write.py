@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +13,17 @@ from torch import Tensor
 
 from polytask.adapters.adapter import Adapter
 from polytask.adapters.disk import whole_folder
+from polytask.adapters.peft import inplace, tokens
 from polytask.adapters.peft.layout import (
     CONFIG,
     HEAD,
     HEAD_TENSORS,
     PREFIX,
     TENSORS,
+    ModelLike,
     SiteLike,
+    Written,
+    by_path,
     features_of,
     sha256,
     whole_number,
@@ -37,11 +41,15 @@ def export_peft(
     folder: str | Path,
     sites: Mapping[str, SiteLike],
     *,
+    model: ModelLike | None = None,
     base_model: str | None = None,
     prefix: str = "",
     head_module: str | None = None,
 ) -> Path:
     """Write an adapter as PEFT's folder; `import_peft` gets the same adapter back.
+
+    `model` is the backbone itself: a prefix needs it. Where PEFT's tensors are not the adapter's own, number for number
+    (`tokens`, `inplace`), its own stand beside, and come back as long as nobody changes the folder.
 
     `base_model` is the id or folder that PEFT loads the backbone from (the backbone's name by default). `prefix` goes
     before module paths where the model that will be used wraps the one that `sites` describes (`"bert."`).
@@ -49,38 +57,52 @@ def export_peft(
     the head stays beside, in polytask's own file.
 
     Raises:
-        UsageError: the method is not LoRA, DoRA or (IA)^3, or a site is not in `sites`.
+        UsageError: PEFT's format has no place for the method or its head, a site is not in `sites`, or `model` is
+            needed.
         PolytaskError: PEFT cannot express it (a whole block's output, two vectors at one module), or the disk refuses.
     """
     folder = Path(folder)
-    if adapter.method not in ("lora", "dora", "ia3"):
+    known = ("lora", "dora", *inplace.PARAMETERS, "ia3", *tokens.METHODS)
+    if adapter.method not in known:
         raise UsageError(
-            f"{adapter.name}: PEFT's format has no place for method {adapter.method}; only lora, dora and ia3"
+            f"{adapter.name}: PEFT's format has no place for method {adapter.method}; only for {', '.join(known)}"
         )
     unknown = [site for site in adapter.sites if site not in sites]
     if unknown:
         raise UsageError(f"{adapter.name}: site {unknown[0]} is not in this backbone; pass the sites of its own one")
-    method_config = _ia3_config if adapter.method == "ia3" else _lora_config
-    tensors, config, columns = method_config(adapter, sites, prefix)
+    if adapter.method in tokens.METHODS:
+        if head_module is not None:
+            raise UsageError(
+                f"{adapter.name}: PEFT's heads read other states than polytask's where virtual tokens stand before the "
+                "text; leave head_module out, and the head stands beside"
+            )
+        written = tokens.written(adapter, sites, model)
+    elif adapter.method == "ia3":
+        written = _ia3(adapter, sites, prefix)
+    elif adapter.method in inplace.PARAMETERS:
+        written = _lora(inplace.as_lora(adapter), sites, prefix)._replace(exact=False)
+    else:
+        written = _lora(adapter, sites, prefix)
 
-    rest = {name: tensor for name, tensor in adapter.tensors.items() if name.rpartition("/")[0] in ("head", "task")}
+    beside = ("head", "task") if written.exact else ("head", "task", *adapter.sites)
+    rest = {name: tensor for name, tensor in adapter.tensors.items() if name.rpartition("/")[0] in beside}
     if head_module is not None:
         head = adapter.at("head")
         if not {"W"} <= set(head) <= {"W", "b"}:
             raise UsageError(f"{adapter.name}: its head ({', '.join(head) or 'none'}) is not one linear map W, b")
-        tensors[f"{PREFIX}{head_module}.weight"] = head["W"]
+        written.tensors[f"{PREFIX}{head_module}.weight"] = head["W"]
         if "b" in head:
-            tensors[f"{PREFIX}{head_module}.bias"] = head["b"]
+            written.tensors[f"{PREFIX}{head_module}.bias"] = head["b"]
     config = {
         "base_model_name_or_path": base_model or adapter.backbone.name,
         "task_type": None,
         "inference_mode": True,
         "modules_to_save": [head_module] if head_module else None,
-        **config,
+        **written.config,
     }
     with whole_folder(folder, (TENSORS, CONFIG, HEAD_TENSORS, HEAD, "README.md")) as temporary:
         write_json(config, temporary / CONFIG)
-        write_safetensors(tensors, temporary / TENSORS)
+        write_safetensors(written.tensors, temporary / TENSORS)
         write_safetensors(rest, temporary / HEAD_TENSORS)
         for name in (TENSORS, HEAD_TENSORS):
             (temporary / name).chmod((temporary / CONFIG).stat().st_mode)
@@ -89,7 +111,7 @@ def export_peft(
             "method": adapter.method,
             "hyperparameters": dict(adapter.hyperparameters),
             "prefix": prefix,
-            "columns": columns,
+            "columns": written.columns or {},
             "head_module": head_module,
             "backbone": adapter.backbone.model_dump(mode="json"),
             "head": adapter.head.model_dump(mode="json") if adapter.head else None,
@@ -100,10 +122,7 @@ def export_peft(
     return folder
 
 
-def _lora_config(
-    adapter: Adapter, sites: Mapping[str, SiteLike], prefix: str
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """The tensors and the config, and for each module which columns of its B are whose."""
+def _lora(adapter: Adapter, sites: Mapping[str, SiteLike], prefix: str) -> Written:
     says = adapter.hyperparameters
     strange = [name for name, value in says.items() if name not in _HYPERPARAMETERS and value]
     if strange or not {"r", "alpha"} <= set(says):
@@ -116,7 +135,7 @@ def _lora_config(
     tensors: dict[str, Tensor] = {}
     columns: dict[str, Any] = {}
     ranks: dict[str, int] = {}
-    for path, names in _by_path(adapter.sites, sites).items():
+    for path, names in by_path(adapter.sites, sites).items():
         for name in names:
             _check_lora(adapter, name, sites[name])
         block = _block(adapter, names, sites)
@@ -148,7 +167,7 @@ def _lora_config(
         "init_lora_weights": True,
         "target_modules": list(ranks),
     }
-    return tensors, config, columns
+    return Written(tensors, config, True, columns)
 
 
 def _check_lora(adapter: Adapter, name: str, site: SiteLike) -> None:
@@ -215,14 +234,11 @@ def _block(adapter: Adapter, names: list[str], sites: Mapping[str, SiteLike]) ->
     return _Block(A, B, columns)
 
 
-def _ia3_config(
-    adapter: Adapter, sites: Mapping[str, SiteLike], prefix: str
-) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """The tensors and the config; no columns, which a vector has not."""
+def _ia3(adapter: Adapter, sites: Mapping[str, SiteLike], prefix: str) -> Written:
     tensors: dict[str, Tensor] = {}
     targets: list[str] = []
     inputs: list[str] = []
-    for path, names in _by_path(adapter.sites, sites).items():
+    for path, names in by_path(adapter.sites, sites).items():
         points = {sites[name].point for name in names}
         if not points <= {"input", "output"}:
             raise PolytaskError(
@@ -253,12 +269,4 @@ def _ia3_config(
         "fan_in_fan_out": False,
         "init_ia3_weights": True,
     }
-    return tensors, config, {}
-
-
-def _by_path(names: Iterable[str], sites: Mapping[str, SiteLike]) -> dict[str, list[str]]:
-    """The sites of each module."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(sites[name].path, []).append(name)
-    return found
+    return Written(tensors, config, True)

@@ -1,0 +1,289 @@
+"""What is trained of a method is what its selector chose: by the papers' rules, on numbers that can be followed."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from commands import run
+from jobs import TOKENS, job_of, same, task_of
+
+import polytask as pt
+from polytask.adapters.store import TENSORS
+from polytask.backbones import Backbone
+from polytask.errors import PolytaskError, UsageError
+from polytask.methods import Params, build, passes, selectors
+from polytask.methods.selectors.graft import Graft
+from polytask.methods.selectors.lottery import largest
+from polytask.methods.selectors.selector import SELECTORS, block_of
+from polytask.methods.selectors.snip import Snip
+from polytask.training import Event, Job, train
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return tiny.backbone("bert", tokenizer=TOKENS)
+
+
+class Looked:
+    """A look with gradients and training that were worked out by hand."""
+
+    writing, seed = False, 0
+
+    def __init__(self, tensors: Params, gradients: Params, learnt: Params | None = None) -> None:
+        self.tensors, self.given, self.learnt = tensors, gradients, learnt
+        self.method = build("bottleneck")
+        self.seen: list[Params] = []
+
+    def gradients(self, method: Any, tensors: Params, rows: int, passes: int) -> Any:
+        self.seen.append(tensors)
+        yield self.given
+
+    def trained(self, *_: Any) -> Params:
+        assert self.learnt is not None
+        return self.learnt
+
+    def score(self, method: Any, tensors: Params) -> float:
+        return -float((tensors["0/θ"] - torch.tensor([[0.5, 1.0, 2.0]])).abs().sum())
+
+
+def job(method: str, hyper: dict[str, Any] | None = None, n: int = 48, **more: Any) -> Job:
+    found, chooser = selectors.build(method, hyper)
+    plain = job_of(task_of(n=n, held=0), "head", **more)  # without a validation split the last tensors are kept
+    return Job(plain.task, found, plain.head, plain.settings, chooser)
+
+
+# ------------------- worked examples
+
+
+def test_the_largest_scores_are_counted_over_all_tensors_and_ties_do_not_add() -> None:
+    scores = {"a": torch.tensor([[0.1, 0.5], [0.0, 0.3]]), "b": torch.tensor([0.3, 0.3])}
+    M = largest(scores, 3)
+    assert M["a"].tolist() == [[0, 1], [0, 1]]
+    assert M["b"].tolist() == [1, 0]
+
+
+def test_snip_keeps_what_changes_the_loss_most() -> None:
+    """|p ∘ g| = .2 .1 .2 .1: half of four are the first and the third; the bias and the head are not pruned."""
+    p = {"0/D": torch.tensor([[0.5, -1.0, 0.2, 2.0]]), "0/b": torch.zeros(3), "head/W": torch.ones(2, 2)}
+    g = {"0/D": torch.tensor([[0.4, -0.1, 1.0, 0.05]]), "0/b": torch.ones(3)}
+    choice = Snip(sparsity=0.5).choose(Looked(p, g))  # type: ignore[arg-type]
+    assert choice.shares["0/D"].tolist() == [[1, 0, 1, 0]]
+    assert choice.tensors["0/D"].tolist() == [[0.5, 0.0, pytest.approx(0.2), 0.0]]
+    assert set(choice.shares) == {"0/D"}
+    assert choice.tensors.keys() == p.keys()
+
+
+def test_snip_scores_a_matrix_of_zeros_where_it_is_not_zero() -> None:
+    """With U = 0 neither U nor, through it, D would have a score."""
+    looked = Looked({"0/U": torch.zeros(2, 2)}, {"0/U": torch.ones(2, 2)})
+    choice = Snip(sparsity=0.5).choose(looked)  # type: ignore[arg-type]
+    assert looked.seen[0]["0/U"].all()
+    assert int(choice.shares["0/U"].sum()) == 2
+    assert not choice.tensors["0/U"].any()
+
+
+def test_a_graft_takes_back_what_the_task_does_not_need() -> None:
+    """θ₀ = 0 1 2, θ₁ = .5 1 1. γ₀ takes the largest change, the third. The loss falls where the third goes back and the
+    first comes in, and after one step of 20 both have."""
+    θ0, θ1 = {"0/θ": torch.tensor([[0.0, 1.0, 2.0]])}, {"0/θ": torch.tensor([[0.5, 1.0, 1.0]])}
+    looked = Looked(θ0, {"0/θ": torch.tensor([[-1.0, 0.0, -1.0]])}, θ1)
+    choice = Graft(share=1 / 3, steps=0).choose(looked)  # type: ignore[arg-type]
+    assert choice.tensors["0/θ"].tolist() == [[0, 1, 1]]
+    choice = Graft(share=1 / 3, steps=1, rate=20, c=0.0).choose(looked)  # type: ignore[arg-type]
+    assert choice.tensors["0/θ"].tolist() == [[0.5, 1, 2]]
+    assert choice.done
+    γ = looked.seen[0]["0/θ"]  # relaxed: γ₀ + (1 − 2 γ₀) σ(S), S in [0, 1]
+    assert 0.5 * 0.5 <= γ[0, 0] <= 0.5 * 0.732
+    assert 1 + 0.5 <= γ[0, 2] <= 1 + 0.732
+
+
+def test_fisher_scores_blocks_by_squared_gradients_of_single_examples(backbone: Backbone) -> None:
+    """Against the definition, by autograd on the model's own weights, with a head of zeros but one."""
+    one = job("full@fisher", {"select.examples": 5, "select.share": 0.3}, epochs=1)
+    seen: list[Any] = []
+    fisher = one.selector
+    assert fisher is not None
+
+    class Keep(type(fisher)):  # type: ignore[misc]
+        def choose(self, look: Any) -> Any:
+            seen.append((self.scores(look), {n: t.clone() for n, t in look.tensors.items()}))
+            return super().choose(look)
+
+    object.__setattr__(one, "selector", Keep(share=0.3, examples=5))
+    [learned] = train(backbone, [one])
+    scores, start = seen[0]
+    model, W, b = backbone.model, start["head/W"], start["head/b"]
+    for p in model.parameters():
+        p.requires_grad_()
+    expected = dict.fromkeys(scores, 0.0)
+    squares: dict[str, torch.Tensor] = {}
+    units = passes.encode(backbone, one.head, one.task.train, 256)
+    for i in random.Random(0).sample(range(len(units)), len(units))[:5]:
+        batch = backbone.collate([units[i].ids[0]])
+        with torch.enable_grad():
+            h = model(input_ids=batch.ids, attention_mask=batch.mask.long()).last_hidden_state
+            φ = (h * batch.mask[..., None]).sum(1) / batch.mask.sum()
+            loss = torch.nn.functional.cross_entropy(
+                φ @ W.T + b, torch.tensor([one.head.targets.index(one.task.train[i].output)])
+            )
+            names = [n for n, _ in model.named_parameters() if "encoder.layer" in n]
+            grads = torch.autograd.grad(loss, [model.get_parameter(n) for n in names])
+        for n, g in zip(names, grads, strict=True):
+            squares[n] = squares.get(n, torch.zeros(())) + g**2
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for n, s in squares.items():
+        expected[n.split(".")[2]] += float((s / 5).norm())
+    assert scores == pytest.approx(expected, rel=1e-4)
+    best = max(scores, key=lambda block: scores[block])
+    assert {block_of(backbone, n.rpartition("/")[0]) for n in learned.tensors if n.startswith(":")} == {best}
+
+
+# ------------------- what training does with it
+
+
+def test_half_leaves_half_of_each_block_bit_for_bit(backbone: Backbone) -> None:
+    [learned] = train(backbone, [job("full@half", epochs=1)])
+    whole = build("full").start(backbone, 0)
+    kept = {n.rpartition("/")[0] for n in learned.tensors if n.startswith(":")}
+    groups: dict[tuple[str, str], list[str]] = {}
+    for place in dict.fromkeys(n.rpartition("/")[0] for n in whole):
+        if place[1:] in backbone.places:
+            groups.setdefault(backbone.places[place[1:]], []).append(place)
+        else:
+            assert place in kept  # embeddings
+    assert len(groups) == 3 * len(backbone.blocks)
+    for places in groups.values():
+        assert len(places) / 2 == pytest.approx(len(kept.intersection(places)), abs=0.5)
+    assert all(bool(t.any()) for n, t in learned.tensors.items() if n.startswith(":") and "word" not in n)
+
+
+def test_half_draws_a_matrix_of_an_adapter_with_its_partner(backbone: Backbone) -> None:
+    [learned] = train(backbone, [job("lora@half", {"sites": "*.attn.[qkvo],*.mlp.up,*.mlp.down"}, epochs=1)])
+    sites = [n.rpartition("/")[0] for n in learned.tensors if n.endswith("/A")]
+    assert sites == [n.rpartition("/")[0] for n in learned.tensors if n.endswith("/B")]
+    assert len([s for s in sites if s.startswith("0.attn")]) == 2
+    assert len([s for s in sites if s.startswith("0.mlp")]) == 1
+    assert learned.method.hyperparameters()["sites"] == sites
+
+
+def test_a_lottery_ticket_moves_only_its_numbers_and_no_norm(backbone: Backbone) -> None:
+    [learned] = train(backbone, [job("full@lottery", {"select.share": 0.02}, lr=1e-3, epochs=2)])
+    own = {n: t for n, t in learned.tensors.items() if n.startswith(":")}
+    assert not any("LayerNorm" in n for n in own)
+    K = round(0.02 * sum(t.numel() for t in own.values()))
+    moved = sum(int(t.count_nonzero()) for t in own.values())
+    assert 0.9 * K < moved <= K
+    assert learned.chosen == K + sum(t.numel() for n, t in learned.tensors.items() if n.startswith("head/"))
+
+
+def test_the_penalty_of_a_lottery_is_in_its_first_training(backbone: Backbone) -> None:
+    """With a penalty that outweighs the loss the first training moves next to nothing, so another ticket is drawn."""
+    plain, strong = (job("full@lottery", {"select.share": 0.01, "select.l1": l1}, epochs=1) for l1 in (0, 1e6))
+    first, second = train(backbone, [plain])[0], train(backbone, [strong])[0]
+    assert any(not torch.equal(first.tensors[n] != 0, t != 0) for n, t in second.tensors.items())
+
+
+def test_pruned_numbers_of_an_adapter_stay_zero(backbone: Backbone) -> None:
+    [learned] = train(backbone, [job("bottleneck@snip", {"reduction": 4, "select.sparsity": 0.75}, epochs=2, lr=1e-2)])
+    matrices = [t for n, t in learned.tensors.items() if n.rpartition("/")[2] in "DU"]
+    left = sum(int(t.count_nonzero()) for t in matrices) / sum(t.numel() for t in matrices)
+    assert 0.2 < left <= 0.25
+    assert learned.chosen < sum(t.numel() for t in learned.tensors.values())
+
+
+def test_lofit_offsets_the_heads_that_its_first_step_found(backbone: Backbone) -> None:
+    [learned] = train(backbone, [job("lofit", {"select.share": 0.25}, epochs=2, lr=1e-2)])
+    own = {n: t for n, t in learned.tensors.items() if n.endswith("/v")}
+    H = backbone.heads
+    heads = torch.cat([t.unflatten(0, (H, -1)).abs().sum(1) for t in own.values()])
+    assert int((heads > 0).sum()) == round(0.25 * H * len(backbone.blocks))
+    assert set(learned.method.hyperparameters()["sites"]) == {n.rpartition("/")[0] for n in own}
+
+
+def test_a_graft_keeps_few_numbers_of_full_training(backbone: Backbone) -> None:
+    [learned] = train(backbone, [job("full@graft", {"select.share": 0.01, "select.steps": 2}, lr=1e-3, epochs=2)])
+    assert learned.examples == 0
+    moved = sum(int(t.count_nonzero()) for n, t in learned.tensors.items() if n.startswith(":"))
+    N = sum(t.numel() for t in build("full").start(backbone, 0).values())
+    assert 0 < moved < 0.05 * N
+
+
+@pytest.mark.parametrize("name", ["full@lottery", "bottleneck@snip", "lora@fisher", "lofit"])
+def test_a_selected_job_that_was_interrupted_goes_on_to_the_same_bits(
+    backbone: Backbone, tmp_path: Path, name: str
+) -> None:
+    def stop(event: Event) -> None:
+        if event.kind == "score" and event.step >= 6:
+            raise KeyboardInterrupt
+
+    whole = train(backbone, [job(name, epochs=3)])[0]
+    with pytest.raises(KeyboardInterrupt):
+        train(backbone, [job(name, epochs=3)], folder=tmp_path, on_event=stop)
+    again = train(backbone, [job(name, epochs=3)], folder=tmp_path)[0]
+    same(whole, again)
+    assert whole.method == again.method
+
+
+def test_a_checkpoint_of_another_selector_is_refused(backbone: Backbone, tmp_path: Path) -> None:
+    train(backbone, [job("full@half", epochs=1)], folder=tmp_path)
+    with pytest.raises(PolytaskError, match="other work"):
+        train(backbone, [job("full@half", {"select.share": 0.3}, epochs=1)], folder=tmp_path)
+
+
+# ------------------- as a user meets them
+
+
+@pytest.mark.parametrize("name", ["full@half", "lora@fisher", "full@lottery", "lofit", "bottleneck@snip"])
+def test_what_was_selected_is_kept_and_answers(backbone: Backbone, tmp_path: Path, name: str) -> None:
+    task = task_of(n=32)
+    skill = pt.adapt(backbone, task, name, settings=pt.Settings(epochs=1, batch=16, lr=1e-2))
+    back = pt.Adapter.load(skill.save(tmp_path / "a"))
+    assert back.id == skill.id
+    texts = [pt.Request(e.text) for e in task.validation]
+    one, two = (pt.Engine(backbone, adapters=[a]).answer(texts) for a in (skill, back))
+    assert [a.probability for a in one] == [a.probability for a in two]
+    assert skill.card.recipe["selector"]["name"] == selectors.named(name)[1]
+    assert "@" not in skill.method
+
+
+def test_a_sparse_difference_is_small_on_disk_and_the_same_again(tmp_path: Path) -> None:
+    wide = tiny.backbone("bert", tokenizer=TOKENS, hidden_size=64, intermediate_size=256)
+    dense, sparse = (
+        pt.adapt(wide, task_of(held=0), name, settings=pt.Settings(epochs=1)) for name in ("full", "full@lottery")
+    )
+    size = (dense.save(tmp_path / "0") / TENSORS).stat().st_size
+    folder = sparse.save(tmp_path / "s")
+    assert (folder / TENSORS).stat().st_size < 0.5 * size
+    said = json.loads((folder / "adapter.json").read_text())
+    assert said["format_version"] == 2
+    assert said["sparse"]
+    back = pt.Adapter.load(folder)
+    assert all(torch.equal(back.tensors[n], t) for n, t in sparse.tensors.items())
+    plain = pt.adapt(wide, task_of(), "lora", settings=pt.Settings(epochs=1)).save(tmp_path / "l")
+    assert json.loads((plain / "adapter.json").read_text())["format_version"] == 1  # older readers can read it
+
+
+def test_wrong_selectors_are_refused(backbone: Backbone) -> None:
+    with pytest.raises(UsageError, match="no selector 'luck'; the selectors are fisher, graft, half"):
+        selectors.build("full@luck")
+    with pytest.raises(UsageError, match=r"select\.share is a selector's: name one, as in full@lottery"):
+        selectors.build("full", {"select.share": 0.1})
+    with pytest.raises(UsageError, match="lottery has no hyperparameter 'part'"):
+        selectors.build("full@lottery", {"select.part": 0.1})
+    with pytest.raises(UsageError, match="no tensors at what attention heads put out"):
+        train(backbone, [job("lora@heads", epochs=1)])
+    with pytest.raises(UsageError, match="no weight of tiny-bert matches"):
+        build("full", {"weights": "*nothing*"}).start(backbone, 0)
+
+
+def test_every_selector_is_listed_with_its_paper() -> None:
+    listed = {row["name"]: row for row in run("methods", "--json").json if row["kind"] == "selector"}
+    assert set(listed) == {f"@{name}" for name in SELECTORS} == {f"@{name}" for name in selectors.selectors()}
+    assert all("arXiv" in row["paper"] and row["equation"] for row in listed.values())
