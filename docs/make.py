@@ -1,4 +1,5 @@
-"""A hook of mkdocs: a line `<!-- make: name -->` in a page becomes the table of that name, made from the code."""
+"""Hooks of mkdocs: a line `<!-- make: name -->` in a page becomes the table of that name, made from the code; and each
+method gets the page that `pages.py` makes for it."""
 
 from __future__ import annotations
 
@@ -6,24 +7,40 @@ import dataclasses
 import importlib
 import inspect
 import re
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pages
+from markup import cited, prose, table
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
 
 from polytask.adapters import BackboneCard, Card, HeadCard, Lineage, ScoreCard
 from polytask.adapters.store import Stored
 from polytask.backbones.families import FAMILIES, Attention, Stack
 from polytask.composition.catalogue import catalogue
 from polytask.errors import PolytaskError
-from polytask.methods import Method, methods
 from polytask.tasks import Task, TaskCard
 from polytask.tasks.folders import ColumnsFile, TaskFile
 from polytask.tasks.scorers import METRICS
-from polytask.training.settings import LEARNING_RATES, Settings
+from polytask.training import Settings
 
 MARK = re.compile(r"^<!-- make: (.+) -->$", re.MULTILINE)
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Called by mkdocs before it reads the pages: those of the methods follow the overview in the menu."""
+    for entry in config.nav or ():
+        if "Methods" in entry:
+            entry["Methods"] += pages.navigation()
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Called by mkdocs with the files it found."""
+    for name in pages.names():
+        files.append(File.generated(config, f"methods/{name}.md", content=pages.page(name)))
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -31,45 +48,14 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return MARK.sub(lambda found: TABLES[found[1]](), markdown)
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """In Markdown. A bar ends a cell, but within backticks it is a bar."""
-    lines = [header, ["---"] * len(header), *rows]
-    outside = re.compile(r"\|(?=(?:[^`]*`[^`]*`)*[^`]*$)")
-    return "\n".join("| " + " | ".join(outside.sub(r"\\|", cell) for cell in line) + " |" for line in lines)
-
-
-def method_table() -> str:
-    rows = [[f"[`{name}`](#{name})", "method", m.place, f"`{m.equation}`", m.paper] for name, m in methods().items()]
-    rows += [[f"[`{p.name}`](#{p.name})", p.kind, p.place, f"`{p.equation}`", p.paper] for p in catalogue()]
+def part_table() -> str:
+    rows = [[f"[`{p.name}`](#{p.name})", p.kind, p.place, f"`{p.equation}`", cited(p.paper)] for p in catalogue()]
     return table(["name", "kind", "place", "equation", "paper"], rows)
 
 
-def method_pages() -> str:
-    parts = []
-    homes: dict[str, str] = {}
-    for name, m in methods().items():
-        first = homes.setdefault(m.__module__, name)
-        said = docstring(sys.modules[m.__module__].__doc__) if first == name else f"See [{first}](#{first})."
-        parts += [f"### {name}", said, *hyperparameters(m)]
-    for part in catalogue():
-        parts += [f"### {part.name}", docstring(importlib.import_module(part.module).__doc__)]
-    return "\n\n".join(parts)
-
-
-def docstring(text: str | None) -> str:
-    """As it stands: an equation's columns mean something."""
-    return f"```text\n{inspect.cleandoc(text or '')}\n```"
-
-
-def hyperparameters(m: type[Method]) -> list[str]:
-    rows = [[f"`{f.name}`", f"`{shown(f.default)}`"] for f in dataclasses.fields(m)]  # type: ignore[arg-type]
-    if m.name != "head":
-        rows.append(["learning rate", f"`{LEARNING_RATES.get(m.name, 1e-3):g}`"])
-    return [inspect.cleandoc(m.__doc__ or ""), table(["hyperparameter", "default"], rows)]
-
-
-def shown(value: Any) -> str:
-    return ", ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+def parts() -> str:
+    said = [[f"### {part.name}", prose(importlib.import_module(part.module).__doc__)] for part in catalogue()]
+    return "\n\n".join(line for part in said for line in part)
 
 
 def site_table() -> str:
@@ -158,8 +144,10 @@ def bad_input() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "methods": method_table,
-    "method pages": method_pages,
+    "methods": pages.method_table,
+    "selectors": pages.selector_table,
+    "parts": part_table,
+    "part docstrings": parts,
     "sites": site_table,
     "metrics": metric_table,
     "settings": settings_table,
