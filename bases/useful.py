@@ -33,7 +33,7 @@ from polytask.tasks.task import Output
 from polytask.tasks.templates import parse, render
 
 SUITES = ("snips_slots", "sgd_state", "tldr_command", "scan_simple", "instruction_induction")
-TEST, TRAIN, EPOCHS = 300, 4000, 3
+TEST, TRAIN, EPOCHS = 200, 2000, 4
 LORA = {"r": 8, "alpha": 16, "sites": ("*.attn.q", "*.attn.k", "*.attn.v", "*.attn.o")}
 RESULTS = Path(__file__).parent / "results/useful.jsonl"
 
@@ -83,7 +83,7 @@ def zero_shot(base: pt.Backbone, task: pt.Task) -> list[Output]:
 
 def adapted(base: pt.Backbone, task: pt.Task) -> tuple[list[Output], float]:
     """What it answers after LoRA, and the share of its parameters that was trained."""
-    settings = pt.Settings(epochs=EPOCHS if len(task.train) > 1000 else 10, lr=3e-3, batch=16)
+    settings = pt.Settings(epochs=EPOCHS if len(task.train) > 1000 else 10, lr=5e-3, batch=16)
     skill = pt.adapt(
         base, replace(task, test=()), "lora", hyperparameters=LORA, settings=settings, reading=Reading(in_text="yes")
     )

@@ -31,7 +31,7 @@ WAYS = {
 RATES = {"head": (2e-3, 6e-3), "written": (2e-3, 6e-3), "causal": (2e-3, 6e-3), "open": (2e-3, 6e-3)}
 PICKED_ON = {"head": "cr_polarity", "written": "cr_polarity", "causal": "btc_ner", "open": "btc_ner"}
 SEEDS = (0, 1)
-EPOCHS, EXAMPLES = 6, 1000  # of each training split, from its beginning
+EPOCHS, EXAMPLES = 6, 600  # of each training split, from its beginning
 
 
 @cache
@@ -43,7 +43,7 @@ def run(name: str, way: str, rate: float, seed: int) -> dict[str, Any]:
     folder = data()
     assert folder is not None
     task = pt.Task.read(folder / name)
-    task = replace(task, train=task.train[:EXAMPLES], validation=task.validation[:300], test=task.test[:1000])
+    task = replace(task, train=task.train[:EXAMPLES], validation=task.validation[:200], test=task.test[:600])
     adapter = pt.adapt(
         base(),
         task,
