@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
+# Every test computes on one thread, so that processes share the cores.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
@@ -49,10 +51,10 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest --cov=polytask --cov-report=term
+	$(BIN)/pytest $(PARALLEL) --cov=polytask --cov-report=term
 
 test-all: setup
-	$(BIN)/pytest -m '' --durations=10 --cov=polytask --cov-report=term
+	$(BIN)/pytest $(PARALLEL) -m '' --durations=10 --cov=polytask --cov-report=term
 
 bench: setup
 	$(BIN)/python -m bench.run

@@ -4,8 +4,9 @@
 
 copy: the input is the answer. nearest: the answer of the training example whose input is nearest (cosine of MiniLM's
 mean embeddings). zero-shot: the decoder alone, asked in superni with two demonstrations of the training split. lora:
-after LoRA of rank 8 on query, key, value and output maps. Scores are the suites' own metrics on the first TEST examples
-of their test splits; instruction_induction is the mean of its tasks. Rows that are there are not measured again.
+after LoRA of rank 8 on query, key, value and output maps, on at most `examples` of the training split. Scores are the
+suites' own metrics on the first TEST examples of their test splits; instruction_induction is the mean of its tasks,
+each with its own adapter. Rows that are there are not measured again.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from polytask.tasks.task import Output
 from polytask.tasks.templates import parse, render
 
 SUITES = ("snips_slots", "sgd_state", "tldr_command", "scan_simple", "instruction_induction")
-TEST, TRAIN, EPOCHS = 200, 2000, 4
+TEST, TRAIN, EPOCHS = 200, 1000, 6
+FEW = 100  # training examples of each of several tasks
 LORA = {"r": 8, "alpha": 16, "sites": ("*.attn.q", "*.attn.k", "*.attn.v", "*.attn.o")}
 RESULTS = Path(__file__).parent / "results/useful.jsonl"
 
@@ -43,7 +45,8 @@ def tasks(data: Path, suite: str) -> list[pt.Task]:
     folder = data / "tasks" / suite
     paths = sorted(folder.glob("*.json")) if suite == "instruction_induction" else [folder]
     found = [pt.Task.read(path) for path in paths]
-    return [replace(t, train=t.train[:TRAIN], validation=t.validation[:100], test=t.test[:TEST]) for t in found]
+    most = TRAIN if len(found) == 1 else FEW
+    return [replace(t, train=t.train[:most], validation=t.validation[:100], test=t.test[:TEST]) for t in found]
 
 
 def nearest(encoder: pt.Backbone, task: pt.Task) -> list[Output]:
@@ -83,7 +86,7 @@ def zero_shot(base: pt.Backbone, task: pt.Task) -> list[Output]:
 
 def adapted(base: pt.Backbone, task: pt.Task) -> tuple[list[Output], float]:
     """What it answers after LoRA, and the share of its parameters that was trained."""
-    settings = pt.Settings(epochs=EPOCHS if len(task.train) > 1000 else 10, lr=5e-3, batch=16)
+    settings = pt.Settings(epochs=EPOCHS if len(task.train) >= TRAIN else 10, lr=5e-3, batch=16)
     skill = pt.adapt(
         base, replace(task, test=()), "lora", hyperparameters=LORA, settings=settings, reading=Reading(in_text="yes")
     )
@@ -101,11 +104,15 @@ def measure(data: Path, base: pt.Backbone, encoder: pt.Backbone, suite: str) -> 
         outputs, share = adapted(base, task)
         given = {"copy": copied(task), "nearest": nearest(encoder, task), "zero-shot": zero_shot(base, task)}
         for name, answers in (given | {"lora": outputs}).items():
-            value = score(task, answers, task.test, resamples=0).value
-            sums[name] = sums.get(name, 0.0) + value / len(found)
+            got = score(task, answers, task.test, resamples=0)
+            sums[name] = sums.get(name, 0.0) + got.value / len(found)
+            if "token_f1" in got.others:  # exact match says little where answers are long
+                sums[f"{name} f1"] = sums.get(f"{name} f1", 0.0) + got.others["token_f1"] / len(found)
     metric = found[0].metric
     tests = sum(len(t.test) for t in found)
-    return {"suite": suite, "metric": metric, "tests": tests, **sums, "trained": share, "base": base.fingerprint}
+    examples = max(len(t.train) for t in found)
+    said = {"suite": suite, "metric": metric, "examples": examples, "tests": tests}
+    return {**said, **sums, "trained": share, "base": base.fingerprint}
 
 
 def main() -> None:
@@ -124,10 +131,13 @@ def main() -> None:
             rows.append(measure(args.data, base, encoder, suite))
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    print("| suite | metric | copy | nearest | zero-shot | lora | trained |\n|" + " --- |" * 7)
+    print("| suite | metric | examples | copy | nearest | zero-shot | lora | trained |\n|" + " --- |" * 8)
     for row in rows:
         scores = " | ".join(f"{row[name]:.3f}" for name in ("copy", "nearest", "zero-shot", "lora"))
-        print(f"| {row['suite']} | {row['metric']} | {scores} | {row['trained']:.2%} |")
+        print(f"| {row['suite']} | {row['metric']} | {row['examples']:,} | {scores} | {row['trained']:.2%} |")
+        if "lora f1" in row:
+            scores = " | ".join(f"{row[f'{name} f1']:.3f}" for name in ("copy", "nearest", "zero-shot", "lora"))
+            print(f"| | token F1 | | {scores} | |")
 
 
 if __name__ == "__main__":

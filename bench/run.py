@@ -21,6 +21,7 @@ BENCHES: dict[str, tuple[str, ...]] = {
     "memory": ("bench.memory",),
     "packing": ("bench.packing",),
     "decode": ("bench.decode",),
+    "methods": ("bench.methods",),
     "train_scores": ("bench.train", "--scores"),
     "together_scores": ("bench.together", "--scores"),
 }
@@ -33,6 +34,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "memory": ("--examples", "1000", "--epochs", "1"),
     "packing": ("--rounds", "3", "--examples", "96"),
     "decode": ("--rounds", "3"),
+    "methods": ("--rounds", "3", "--examples", "64"),
 }
 
 

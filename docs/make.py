@@ -71,6 +71,7 @@ def site_table() -> str:
         where = {"enc": ", `enc.`", "dec": ", `dec.`"}.get(prefix, "")
         attention = [maps(stack.attn), *([f"cross: {maps(stack.cross)}"] if stack.cross else [])]
         mlp = [f"`{path}`" for path in dict.fromkeys(filter(None, (stack.gate, stack.up, stack.down)))]
+        mlp += [f"or experts: `{stack.experts.mlp}`"] if stack.experts else []
         rows.append(
             [
                 ", ".join(f"`{name}`" for name in dict.fromkeys(names)) + where,

@@ -266,7 +266,7 @@ def test_what_can_be_resumed(family):
 def test_a_pass_resumed_at_any_block_is_the_whole_pass(family, causal):
     backbone, batch = backbone_of(family), tiny.batch(4)
     whole = backbone.hidden(batch, causal=causal)
-    m = build("lora", {"sites": ["*.attn.q", "*.mlp.up", "*"]})
+    m = build("lora", {"sites": tiny.sites(family, "*.attn.q", "*.mlp.up", "*")})
     tensors = {n: t + 0.1 * torch.randn(t.shape) for n, t in m.start(backbone, 0).items()}
     for block in range(3):
         ran: list[int] = []

@@ -15,7 +15,7 @@ from commands import ALONE, run, run_alone, start, write_table
 import polytask
 
 COMMANDS = (
-    *("demo", "adapt", "predict", "compare", "methods", "library"),
+    *("demo", "adapt", "predict", "compare", "merge", "methods", "library"),
     *("library list", "library search", "library show", "library export", "library import"),
     *("library rm", "library restore", "library forget", "library verify"),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -29,6 +30,12 @@ every_method = pytest.mark.parametrize("name", NAMES)
 
 def build(name: str, hyper: dict[str, object] | None = None) -> Method:
     return build_method(name, NEEDED.get(name, {}) | (hyper or {}))
+
+
+def fitting(backbone: Backbone, name: str, hyper: dict[str, object] | None = None) -> Method:
+    """The method, at those of its sites that the family has: see test_moe.py."""
+    m = build(name, hyper)
+    return replace(m, sites=tuple(tiny.sites(backbone.family, *m.sites))) if m.sites else m
 
 
 @cache
@@ -71,7 +78,7 @@ def shaken(m: Method, backbone: Backbone, seed: int = 0) -> dict[str, Tensor]:
 
 
 def active(backbone: Backbone, name: str, seed: int = 0, **hyper: object) -> Active:
-    m = build(name, hyper)
+    m = fitting(backbone, name, hyper)
     return Active.of(m, shaken(m, backbone, seed))
 
 
@@ -93,7 +100,7 @@ def close(a: Tensor, b: Tensor, mask: Tensor | None = None, tolerance: float = 1
 @every_method
 def test_the_start_is_the_backbone_and_other_tensors_are_not(family, name):
     backbone, batch = base(family), tiny.batch(3)
-    m = build(name)
+    m = fitting(backbone, name)
     plain = backbone.hidden(batch)
     # KaSA starts without the smallest singular values, and virtual tokens are seen whatever they are.
     if name != "kasa" and not m.slots:
@@ -107,7 +114,7 @@ def test_the_start_is_the_backbone_and_other_tensors_are_not(family, name):
 @every_method
 def test_gradients_reach_the_methods_tensors_and_nothing_else(family, name):
     backbone, batch = base(family), tiny.batch(3)
-    m = build(name)
+    m = fitting(backbone, name)
     tensors = {n: t.requires_grad_() if m.trains(n) else t for n, t in shaken(m, backbone).items()}
     h = Plan(backbone, [Active.of(m, tensors)], training=True).hidden(batch)
     h[batch.mask].square().sum().backward()
@@ -355,6 +362,20 @@ def test_loras_own_path_is_the_generic_one(monkeypatch, kind, wide, ranks):
     if len(set(ranks)) == 1:
         same = group_of("lora", [{"r": 4}] * 3)
         close(same.methods[0].mix(same, x, y, Columns(w)), lifted(same, x, y, Columns(w)))
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_ia3s_own_path_is_the_generic_one(kind):
+    group = group_of("ia3", [{}] * 3)
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(4, 5, 32, generator=draw), torch.randn(4, 5, 64, generator=draw)
+    w = torch.tensor(WEIGHTS[kind], dtype=torch.float32)
+    before = y.clone()
+    for _ in range(2):  # what is joined is kept for the second call
+        found = group.methods[0].mix(group, x, y, Columns(w))
+        close(found, by_hand(group, x, y, w))
+        close(found, lifted(group, x, y, Columns(w)))
+    assert torch.equal(y, before)
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)

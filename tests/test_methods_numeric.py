@@ -348,7 +348,8 @@ def test_columns_of_nothing_but_padding_give_no_nan_and_change_nothing(family, c
     backbone, batch = tiny.backbone(family), tiny.batch(3)
     ids, mask = (F.pad(t, (0, 5)) for t in (batch.ids, batch.mask))
     wide = Batch(ids, mask)
-    adapters = [shaken(backbone, name) for name in ("lora", "pfeiffer", "ia3")]
+    names = ("lora", "pfeiffer", "ia3")
+    adapters = [shaken(backbone, name, sites=tiny.sites(family, *build(name).sites)) for name in names]
     for each in adapters:
         for tensors in each.at.values():
             for t in tensors.values():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import types
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import tiny
 import torch
+import writers
 from commands import run
 from jobs import TOKENS, job_of, same, task_of
 
@@ -18,6 +20,7 @@ from polytask.adapters.store import TENSORS
 from polytask.backbones import Backbone
 from polytask.errors import PolytaskError, UsageError
 from polytask.methods import Params, build, passes, selectors
+from polytask.methods.selectors.cofitune import CoFiTune, dropping, normalised
 from polytask.methods.selectors.graft import Graft
 from polytask.methods.selectors.lottery import largest
 from polytask.methods.selectors.selector import SELECTORS, block_of
@@ -271,7 +274,7 @@ def test_a_sparse_difference_is_small_on_disk_and_the_same_again(tmp_path: Path)
 
 
 def test_wrong_selectors_are_refused(backbone: Backbone) -> None:
-    with pytest.raises(UsageError, match="no selector 'luck'; the selectors are fisher, graft, half"):
+    with pytest.raises(UsageError, match="no selector 'luck'; the selectors are cofitune, esft, fisher"):
         selectors.build("full@luck")
     with pytest.raises(UsageError, match=r"select\.share is a selector's: name one, as in full@lottery"):
         selectors.build("full", {"select.share": 0.1})
@@ -287,3 +290,139 @@ def test_every_selector_is_listed_with_its_paper() -> None:
     listed = {row["name"]: row for row in run("methods", "--json").json if row["kind"] == "selector"}
     assert set(listed) == {f"@{name}" for name in SELECTORS} == {f"@{name}" for name in selectors.selectors()}
     assert all("arXiv" in row["paper"] and row["equation"] for row in listed.values())
+
+
+# ------------------- CoFiTune
+
+
+def test_importance_is_how_far_a_units_gradient_is_from_the_mean() -> None:
+    """Mean 4, unbiased deviation 4.0825: z = −.7348 −.4899 −.2449 1.4697."""
+    found = normalised(torch.tensor([1.0, 2.0, 3.0, 10.0]))
+    torch.testing.assert_close(found, torch.tensor([0.6260, 0.4541, 0.2402, 0.8995]), rtol=0, atol=1e-4)
+    assert normalised(torch.full((3,), 0.1)).tolist() == [0, 0, 0]
+
+
+def middle(backbone: Backbone, **hyper: Any) -> list[str]:
+    look = types.SimpleNamespace(backbone=backbone, writing=True)
+    return CoFiTune(**hyper).middle(look)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("layers", "hyper", "blocks"),
+    [
+        (32, {}, range(8, 16)),
+        (40, {}, range(10, 20)),
+        (6, {}, range(1, 3)),
+        (3, {}, range(1)),
+        (4, {"first": 0.5, "last": 1.0}, range(2, 4)),
+        (1, {}, range(0)),
+    ],
+)
+def test_the_lower_middle_is_the_second_quarter_of_the_blocks(layers: int, hyper: Any, blocks: range) -> None:
+    backbone = tiny.backbone("llama", num_hidden_layers=layers, hidden_size=8, head_dim=2, intermediate_size=8)
+    assert middle(backbone, **hyper) == [f"{i}.mlp.{name}" for i in blocks for name in ("up", "down")]
+
+
+def test_both_stacks_of_an_encoder_decoder_have_a_middle() -> None:
+    assert middle(tiny.backbone("t5")) == [
+        f"{tower}.0.mlp.{name}" for tower in ("enc", "dec") for name in ("up", "down")
+    ]
+
+
+class Watched(CoFiTune):
+    """Keeps what it looked at, as it was then."""
+
+    looks: ClassVar[list[Any]] = []
+
+    def choose(self, look: Any) -> Any:
+        choice = super().choose(look)
+        look.tensors = {n: t.clone() for n, t in look.tensors.items()}
+        self.looks.append(look)
+        return choice
+
+
+def watched(backbone: Backbone, method: str = "full@cofitune", **more: Any) -> tuple[Any, Any]:
+    one = job(method, **more)
+    assert one.selector is not None
+    object.__setattr__(one, "selector", Watched(**one.selector.hyperparameters()))
+    [learned] = train(backbone, [one])
+    return learned, Watched.looks.pop()
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "phi3"])
+def test_importance_is_the_gradient_of_scaling_what_a_map_puts_out(family: str) -> None:
+    """∂/∂v_j of y ← v ∘ (W x + b) is Σ_k W_jk ∂/∂W_jk + b_j ∂/∂b_j: by the weights' own gradients, in the same dropout.
+    Of a backbone without dropout of its own I' would be zero."""
+    backbone = tiny.backbone(family, tokenizer=TOKENS)
+    _, look = watched(backbone, epochs=1)
+    site = backbone.sites["1.mlp.up"]
+    found = CoFiTune(rows=20).importance(look, ["1.mlp.up", "1.mlp.down"])["1.mlp.up"]
+    full = build("full", {"weights": [f"{site.path}.*"]})
+    Δ = {n: t.requires_grad_() for n, t in full.start(backbone, 0).items()}
+    head = {n: t for n, t in look.tensors.items() if n.startswith("head/")}
+    total = {n: torch.zeros_like(t) for n, t in Δ.items()}
+    with dropping(backbone, 0.1, look.seed):
+        for one, two in look.outputs(full, head | Δ, 20, 0, 2):
+            assert not torch.equal(one, two)
+            p, q = one.softmax(-1), two.softmax(-1)
+            KL = (q * (q / p).log()).sum() / len(one)
+            for n, g in zip(Δ, torch.autograd.grad(KL, [*Δ.values()]), strict=True):
+                total[n] += g
+    module, slope = backbone.model.get_submodule(site.path), 0
+    for n, g in total.items():
+        θg = module.get_parameter(n.rpartition("/")[2]) * g
+        slope = slope + (θg if θg.ndim == 1 else θg.sum(0 if family == "gpt2" else 1))
+    slope = site.part.take(slope) if site.part else slope
+    torch.testing.assert_close(found, ((slope - slope.mean()) / slope.std()).tanh().abs(), rtol=1e-3, atol=1e-3)
+    same_again = CoFiTune(rows=20).importance(look, ["1.mlp.up", "1.mlp.down"])["1.mlp.up"]
+    assert torch.equal(found, same_again)
+    assert not any(module._forward_hooks for module in backbone.model.modules())
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "phi3"])
+def test_a_unit_of_the_middle_moves_the_less_the_more_it_matters(family: str) -> None:
+    """Of the step that full fine-tuning of these weights takes, 1 − I is left."""
+    backbone = tiny.backbone(family, tokenizer=TOKENS)
+    hyper = {"select.last": 0.9, "select.first": 0.4}
+    learned, look = watched(backbone, hyper=hyper, epochs=1, batch=48)
+    weights = learned.method.hyperparameters()["weights"]
+    [whole] = train(backbone, [job("full", {"weights": weights}, epochs=1, batch=48)])
+    I = CoFiTune(first=0.4, last=0.9).importance(look, ["1.mlp.up", "1.mlp.down"])  # noqa: E741
+    own = {n for n in learned.tensors if n.startswith(":")}
+    sites = {name: backbone.sites[name] for name in I}
+    assert {n.rpartition("/")[0] for n in own} == {f":{site.path}" for site in sites.values()}
+    for name, site in sites.items():
+        Δ, all_of_it = (run.tensors[f":{site.path}/weight"] for run in (learned, whole))
+        if family != "gpt2":
+            Δ, all_of_it = Δ.T, all_of_it.T
+        if site.part:  # phi3's gate stands before its up
+            assert not Δ[:, : site.part.start].any()
+            Δ, all_of_it = site.part.take(Δ), site.part.take(all_of_it)
+        assert all_of_it.any(0).all()
+        torch.testing.assert_close(Δ, all_of_it * (1 - I[name]), rtol=1e-4, atol=1e-8)
+    kept = sum(len(I[name]) * site.reads for name, site in sites.items())
+    biases = 0 if family == "phi3" else sum(len(I[name]) for name in sites)
+    assert learned.chosen == kept + biases + sum(t.numel() for n, t in learned.tensors.items() if n.startswith("head/"))
+
+
+def test_what_cofitune_cannot_choose_from_is_refused(backbone: Backbone) -> None:
+    with pytest.raises(UsageError, match=r"lora has no weights of up and down in the blocks from 0\.25 to 0\.5"):
+        train(backbone, [job("lora@cofitune", epochs=1)])
+    with pytest.raises(UsageError, match="full has no weights of up and down"):
+        train(tiny.backbone("mixtral", tokenizer=TOKENS), [job("full@cofitune", epochs=1)])
+    with pytest.raises(UsageError, match=r"cofitune\.dropout = 0\.0: a number between 0 and 1"):
+        train(backbone, [job("full@cofitune", {"select.dropout": 0}, epochs=1)])
+    found, chooser = selectors.build("full@cofitune")
+    plain = job_of(task_of("regression", held=0), "head", epochs=1)
+    with pytest.raises(UsageError, match="compares probabilities of answers"):
+        train(backbone, [Job(plain.task, found, plain.head, plain.settings, chooser)])
+
+
+def test_answers_in_text_have_importance_too() -> None:
+    backbone = writers.writer("llama")
+    examples = tuple(pt.Example(str(i), text, "two dogs") for i, text in enumerate(["the cat", "a dog"] * 4))
+    task = pt.Task("t", "generation", examples)
+    skill = pt.adapt(backbone, task, "full@cofitune", settings=pt.Settings(epochs=1, batch=4))
+    own = [n for n in skill.tensors if n.startswith(":")]
+    assert own == [":layers.0.mlp.up_proj/weight", ":layers.0.mlp.down_proj/weight"]
+    assert all(bool(skill.tensors[n].any()) for n in own)

@@ -91,6 +91,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "phi3": GROUPED,
     "olmo2": GROUPED,
+    "mixtral": {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    "olmoe": {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2},
     "t5": T5,
     "mt5": T5,
     "umt5": T5,
@@ -98,9 +101,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mbart": BART,
 }
 FAMILIES = list(CONFIGS)
+MIXTURES = ("mixtral", "qwen3_moe", "olmoe")  # of experts: there is no site within their `3.mlp`
 LM: dict[str, Any] = {
     **dict.fromkeys(["gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3"], AutoModelForCausalLM),
     **dict.fromkeys(["gemma2", "gemma3_text", "phi3", "olmo2"], AutoModelForCausalLM),
+    **dict.fromkeys(["mixtral", "qwen3_moe", "olmoe"], AutoModelForCausalLM),
     "gemma3": AutoModelForImageTextToText,
     **dict.fromkeys(["t5", "mt5", "umt5", "bart", "mbart"], AutoModelForSeq2SeqLM),
 }
@@ -126,6 +131,13 @@ def backbone(family: str, seed: int = 0, *, precision: str = "fp32", tokenizer: 
     """A tiny model as a Backbone on the CPU, without a tokenizer where none is given."""
     model = make(family, seed, attn_implementation="eager", **config)
     return Backbone(model, tokenizer, f"tiny-{family}", precision=precision, device="cpu")
+
+
+def sites(family: str, *patterns: str) -> list[str]:
+    """Those of the patterns that the family has places for, `*.attn.o` where it has none."""
+    if family not in MIXTURES:
+        return list(patterns)
+    return [p for p in patterns if ".mlp." not in p] or ["*.attn.o"]
 
 
 def batch(rows: int, tokens: int = 9, seed: int = 0) -> Batch:

@@ -34,6 +34,7 @@ _HOMES = {
     "adapt_many": "polytask.recipes",
     "as_lora": "polytask.composition.low_rank",
     "load": "polytask.backbones",
+    "merge": "polytask.composition.merge",
     "mix": "polytask.composition",
 }
 __all__ = ["__version__", *_HOMES]
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from polytask.backbones import Backbone, load
     from polytask.composition import Mixture, mix
     from polytask.composition.low_rank import as_lora
+    from polytask.composition.merge import merge
     from polytask.errors import PolytaskError, UsageError
     from polytask.inference import Ask, Engine, Request, Sampling
     from polytask.recipes.adapt import adapt, adapt_many

@@ -45,7 +45,8 @@ class TextCard(BaseModel):
     `write` an answer, at most `max_tokens` long and up to a text of `stop`, or take the label or option of the greatest
     `likelihood`, `normalise`d `raw` (its probability), by `length` (per token) or by `pmi` (over its probability
     without the input). `limit`: tokens of prompt and answer together. `terms`: for each label in order, what may be
-    said for it; a label's score is the weighted mean of its terms'.
+    said for it; a label's score is the weighted mean of its terms'. `objective`: what was trained beside the likelihood
+    of right answers: the losses over wrong options of `polytask.training.tfew`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,6 +61,7 @@ class TextCard(BaseModel):
     max_tokens: int = 256
     limit: int = 512
     terms: tuple[tuple[TermCard, ...], ...] | None = None
+    objective: Literal["tfew"] | None = None
 
 
 class HeadCard(BaseModel):

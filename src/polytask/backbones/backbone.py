@@ -154,6 +154,8 @@ class Backbone:
             for name, site in self.sites.items()
             if site.point == "output"
         }
+        for mixture in families.experts(self.model).values():
+            part_of |= {at[id(module)]: "mlp" for module in self.model.get_submodule(mixture.mlp).modules()}
         found = {}
         for tower, paths in families.blocks(self.model).items():
             for i, path in enumerate(paths):
@@ -318,8 +320,9 @@ class Backbone:
         ahead = torch.arange(width, device=n.device).expand_as(found).masked_fill(found == 0, width)
         ahead = ahead.flip(1).cummin(1).values.flip(1)
         document = torch.nn.functional.pad(found, (0, 1)).gather(1, ahead)
-        filler = 1 if (getattr(self.tokenizer, "pad_token_id", None) or 0) == 0 else 0  # RoBERTa counts what is no pad
-        ids = torch.full_like(found, filler).masked_fill(document == 0, self.collate([[filler]]).ids[0, -1])
+        pad = getattr(self.tokenizer, "pad_token_id", None) or 0
+        # Virtual tokens are looked up as some other token: RoBERTa counts the positions of what is no padding.
+        ids = torch.full_like(found, 1 if pad == 0 else 0).masked_fill(document == 0, pad)
         ids[row, where[row, column]] = batch.ids[row, column]
         wide = replace(batch, ids=ids, mask=document > 0, document=None if batch.document is None else document)
         places = wide.positions

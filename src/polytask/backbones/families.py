@@ -3,7 +3,8 @@
 Names run front to back: `tokens`, the embedding of each token by itself; `embed`, what the first block reads; in
 block 3 `3.attn.q|k|v|heads|o`, `3.attn`, `3.mlp.gate|up|act|down`, `3.mlp`, `3.sum` and `3`; `head`. An encoder-decoder
 has two stacks, `enc.` and `dec.`; its decoder adds `dec.3.cross.*`, and `head` is the decoder's. `gate` is there only
-where the MLP is gated: mlp.act = act(gate) * up.
+where the MLP is gated: mlp.act = act(gate) * up. A mixture of experts has the site `3.mlp` and none within it, because
+no map of it is run on all tokens.
 
 To add a family, add a row to `FAMILIES`: its `config.model_type`, and the modules that its stacks name.
 """
@@ -44,6 +45,19 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """A feed-forward network that is a mixture of experts, as paths.
+
+    `router` puts out (logits [tokens, n], weights [tokens, k], which [tokens, k]): the experts that each token is sent
+    to, and with which weights. The first axis of every parameter of `maps` is the n experts.
+    """
+
+    mlp: str
+    router: str
+    maps: str
+
+
+@dataclass(frozen=True, slots=True)
 class Stack:
     """Blocks one after another. `block`, `embed` and `head` are paths in the base model, the others in the block."""
 
@@ -52,16 +66,18 @@ class Stack:
     up: str
     down: str
     gate: str = ""  # the half that goes through the activation; the same path as `up`: fused, gate first
+    experts: Experts | None = None  # of the blocks that have it, in place of gate, up and down
     cross: Attention | None = None
     norm: str = ""  # the norm that ends a post-norm block
     embed: str = ""  # its output is what the first block reads; empty: no module puts out just that
     head: str = ""  # its output is what a head reads; empty: the last block
 
-    def inner(self) -> Iterator[str]:
-        """The paths that each block must have."""
+    def inner(self, mixture: Experts | None) -> Iterator[str]:
+        """The paths that a block must have."""
         for attention in filter(None, (self.attn, self.cross)):
             yield from (attention.q, attention.k, attention.v, attention.o)
-        yield from filter(None, (self.gate, self.up, self.down, self.norm))
+        mlp = (mixture.mlp, mixture.router, mixture.maps) if mixture else (self.gate, self.up, self.down)
+        yield from filter(None, (*mlp, self.norm))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +160,8 @@ PHI3 = replace(
     gate="mlp.gate_up_proj",
     up="mlp.gate_up_proj",
 )
+# OLMoE norms q and k behind these sites, as Qwen 3 does. In Qwen 3 some blocks may be without experts.
+MIXTRAL = replace(LLAMA, experts=Experts("mlp", router="mlp.gate", maps="mlp.experts"))
 # `embed` is left out: images are put between embed_tokens and the first block.
 GEMMA3 = replace(LLAMA, block="language_model.layers.{i}", embed="", head="language_model.norm")
 
@@ -217,6 +235,9 @@ FAMILIES: dict[str, Family] = {
     "gemma3": Family("decoder", ({"": GEMMA3},)),
     "phi3": Family("decoder", ({"": PHI3},)),
     "olmo2": Family("decoder", ({"": LLAMA},)),
+    "mixtral": Family("decoder", ({"": MIXTRAL},)),
+    "qwen3_moe": Family("decoder", ({"": MIXTRAL},)),
+    "olmoe": Family("decoder", ({"": MIXTRAL},)),
     "t5": T5,
     "mt5": T5,
     "umt5": T5,
@@ -231,7 +252,7 @@ def family(model: PreTrainedModel) -> str:
     if name not in FAMILIES:
         raise PolytaskError(
             f"no site names for models of type {name!r}: add a row to FAMILIES in {__file__} that names block, attn "
-            f"(q, k, v, o), up, down and, where the model has them, gate, cross, norm, embed, head; "
+            f"(q, k, v, o), up, down and, where the model has them, gate, experts, cross, norm, embed, head; "
             f"in this model, these look like blocks: {_blocklike(model.base_model)}"
         )
     return name
@@ -257,6 +278,18 @@ def blocks(model: PreTrainedModel) -> dict[str, list[str]]:
     }
 
 
+def experts(model: PreTrainedModel) -> dict[str, Experts]:
+    """The mixtures of experts by the name of their block; paths are relative to `model`."""
+    root = _root(model)
+    found: dict[str, Experts] = {}
+    for prefix, stack in _stacks(model).items():
+        for i, path in enumerate(_block_paths(model.base_model, stack)):
+            if mixture := _mixture(model.base_model, path, stack):
+                parts = (f"{root}{path}.{part}" for part in (mixture.mlp, mixture.router, mixture.maps))
+                found[f"{prefix}.{i}" if prefix else str(i)] = Experts(*parts)
+    return found
+
+
 def sites(model: PreTrainedModel) -> dict[str, Site]:
     """The model's sites by name, front to back; paths are relative to `model`, which may have a head or not.
 
@@ -279,7 +312,11 @@ def sites(model: PreTrainedModel) -> dict[str, Site]:
             found += _attention_sites(model, f"{name}.attn", path, stack.attn)
             if stack.cross:
                 found += _attention_sites(model, f"{name}.cross", path, stack.cross)
-            found += _mlp_sites(model, f"{name}.mlp", path, stack)
+            if mixture := _mixture(model, path, stack):
+                mlp = f"{path}.{mixture.mlp}"
+                found.append(Site(f"{name}.mlp", mlp, "across", hidden, hidden, source=mlp))
+            else:
+                found += _mlp_sites(model, f"{name}.mlp", path, stack)
             if stack.norm:
                 found.append(Site(f"{name}.sum", f"{path}.{stack.norm}", "sum", hidden, hidden))
             else:
@@ -383,6 +420,12 @@ def _block_paths(base: nn.Module, stack: Stack) -> list[str]:
     return [stack.block.format(i=i) for i in range(len(listed))] if isinstance(listed, nn.ModuleList) else []
 
 
+def _mixture(base: nn.Module, block: str, stack: Stack) -> Experts | None:
+    """The block's mixture of experts, if it has one."""
+    found = stack.experts
+    return found if found and _module(base, f"{block}.{found.maps}") is not None else None
+
+
 def _stacks(model: PreTrainedModel) -> dict[str, Stack]:
     """The stacks of the variant whose modules the model has."""
     name, base = family(model), model.base_model
@@ -392,7 +435,8 @@ def _stacks(model: PreTrainedModel) -> dict[str, Stack]:
         for stack in stacks.values():
             paths += filter(None, (stack.embed, stack.head))
             inner = _block_paths(base, stack) or [stack.block]
-            paths += [f"{block}.{path}" for block in inner for path in stack.inner()]
+            for block in inner:
+                paths += [f"{block}.{path}" for path in stack.inner(_mixture(base, block, stack))]
         missing = [path for path in paths if _module(base, path) is None]
         if not missing:
             return stacks

@@ -20,7 +20,9 @@ from polytask.tasks.task import Output
 from polytask.tasks.templates import Prompt, Template, parse, render, templates
 
 Decide = Literal["auto", "write", "likelihood"]
+Objective = Literal["likelihood", "tfew"]
 
+MOST = 24  # labels, where wrong ones are trained too: each is a sequence, and all of one example's share a pass
 FRONT = 0.75  # of a prompt that is too long: the share that is kept of its beginning, where the instruction stands
 
 
@@ -34,11 +36,20 @@ class Asked:
     lead: str = ""
 
 
-def design(task: Task, template: str | Template = "plain", *, decide: Decide = "auto", limit: int = 512) -> HeadCard:
+def design(
+    task: Task,
+    template: str | Template = "plain",
+    *,
+    decide: Decide = "auto",
+    limit: int = 512,
+    objective: Objective = "likelihood",
+) -> HeadCard:
     """The card by which a task is answered in text.
 
     `decide`: `write` the answer, or `likelihood`: the most probable of the labels or options; `auto` writes, but for
-    choice. Raises UsageError for an unknown template, and where there is nothing to choose from.
+    choice. `objective`: train the `likelihood` of right answers, or with `tfew` the unlikelihood of wrong options too,
+    and compare options per token. Raises UsageError for an unknown template, and where there is nothing to choose from
+    or too much.
     """
     if task.kind == "retrieval":
         raise UsageError(f"task {task.name}: a retrieval task is not answered in text")
@@ -50,6 +61,13 @@ def design(task: Task, template: str | Template = "plain", *, decide: Decide = "
         decide = "likelihood" if task.kind == "choice" else "write"
     if decide == "likelihood" and task.kind not in ("classification", "choice"):
         raise UsageError(f"task {task.name}: the answers of a {task.kind} task cannot be listed, so they are written")
+    if objective == "tfew" and decide != "likelihood":
+        raise UsageError(f"task {task.name}: the objective tfew is for answers by likelihood, and these are written")
+    if objective == "tfew" and len(task.labels) > MOST:
+        raise UsageError(
+            f"task {task.name}: the objective tfew takes at most {MOST} labels, and there are {len(task.labels)}; "
+            "train the right ones alone: method ia3, decided by likelihood"
+        )
     card = TextCard(
         template=template.name,
         options={f.name: getattr(template, f.name) for f in fields(template)},
@@ -57,6 +75,8 @@ def design(task: Task, template: str | Template = "plain", *, decide: Decide = "
         labels=tuple(LabelCard(name=label.name, description=label.description) for label in task.labels),
         spans=task.bio,
         decide=decide,
+        normalise="length" if objective == "tfew" else "raw",
+        objective="tfew" if objective == "tfew" else None,
         stop=template.stop if decide == "write" else (),
         limit=limit,
     )

@@ -12,6 +12,7 @@ import typer
 from polytask.cli import options, show
 from polytask.cli.checkpoints import folder_for, resumable
 from polytask.cli.progress import Progress
+from polytask.errors import UsageError
 
 if TYPE_CHECKING:
     from polytask.adapters import Adapter
@@ -30,7 +31,8 @@ def adapt(
             "--method",
             "-m",
             metavar="NAME",
-            help="A method of `polytask methods`, or auto: lora, if it beats frozen features.",
+            help="A method of `polytask methods`; auto: lora, if it beats frozen features; or race: the winner among "
+            "lora at two rates, parallel and bitfit, in about twice the time.",
         ),
     ] = "auto",
     set_: Annotated[
@@ -68,6 +70,7 @@ def adapt(
     template: options.TemplateName = "plain",
     decide: options.Decide = "auto",
     terms: options.Terms = None,
+    recipe: options.Recipe = None,
     precision: options.Precision = "auto",
     checkpoint: Annotated[
         Path | None,
@@ -100,6 +103,8 @@ def adapt(
       polytask adapt my-task/ --method lora --set r=16 --epochs 20
     Outputs that are texts are written by a decoder; nothing has to be said:
       polytask adapt questions.csv
+    A few examples, each with one of several answers:
+      polytask adapt few.csv --recipe tfew
     A dataset of the Hugging Face hub on another backbone:
       polytask adapt hf:SetFit/sst2 --base roberta-base
 
@@ -109,7 +114,18 @@ def adapt(
     If it is stopped, the same command goes on.
     """
     data = options.read_task(task, input=input, output=output, pair=pair, kind=kind, name=name, metric=metric)
-    chosen = options.settings(lr=lr, epochs=epochs, batch=batch, seed=seed, balanced=balanced)
+    given = {"lr": lr, "epochs": epochs, "batch": batch, "seed": seed, "balanced": balanced}
+    chosen, objective = options.settings(**given), "likelihood"
+    if recipe is not None:
+        if recipe != "tfew":
+            raise UsageError(f"--recipe {recipe}: tfew is the only one")
+
+        from polytask.recipes import tfew
+
+        chosen, objective = tfew.settings(len(data.train), **{n: v for n, v in given.items() if v is not None}), "tfew"
+        method = tfew.METHOD if method == "auto" and begin is None else method
+        text = True if text is None else text
+        decide = "likelihood" if decide == "auto" else decide
 
     from polytask.backbones import load
     from polytask.library import Library
@@ -126,10 +142,11 @@ def adapt(
         masks=masks,
         decide=decide,
         terms=terms,
+        objective=objective,
     )
     kept = Library(library)
     first = kept.get(begin) if begin else None
-    options.check(data, {"lora" if method == "auto" else method: {} if first else hyperparameters}, reading)
+    options.check(data, {"lora" if method in ("auto", "race") else method: {} if first else hyperparameters}, reading)
     backbone = load(options.base_for(base, data, reading), precision=precision)  # type: ignore[arg-type]
     plan = Plan(data, method, hyperparameters, chosen, reading, first)
     folder = checkpoint or folder_for(library, backbone, [plan])

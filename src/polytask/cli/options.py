@@ -137,6 +137,16 @@ Decide = Annotated[
         rich_help_panel=_TRAINING,
     ),
 ]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME",
+        help="tfew, for a few examples with options to choose from: (IA)^3 with losses over right and wrong options, "
+        "1000 steps, the option of most likelihood per token. Options that are given count more.",
+        rich_help_panel=_TRAINING,
+    ),
+]
 Terms = Annotated[
     Path | None,
     typer.Option(
@@ -185,6 +195,7 @@ def reading(
     masks: int | None = None,
     decide: str = "auto",
     terms: Path | None = None,
+    objective: str = "likelihood",
 ) -> Reading:
     """How answers are read."""
     from polytask.recipes.reading import Reading
@@ -199,7 +210,7 @@ def reading(
     if terms is not None and decide != "terms":
         raise UsageError(f"--terms {terms} goes with --decide terms")
     causal = not bidirectional if open_blocks is None else open_blocks
-    more: dict[str, Any] = {} if masks is None else {"masks": masks}
+    more: dict[str, Any] = {"objective": objective} | ({} if masks is None else {"masks": masks})
     if terms is not None:
         try:
             listed = (line.strip() for line in terms.read_text(encoding="utf-8").splitlines())
@@ -217,13 +228,13 @@ def base_for(base: str | None, task: Task, reading: Reading) -> str:
 def check(task: Task, methods: Mapping[str, Mapping[str, str]], reading: Reading) -> None:
     """Tell what is wrong with methods (and their hyperparameters), pooling, template or the kind before a model is
     loaded."""
-    from polytask.backbones import heads, text
+    from polytask.backbones import heads
     from polytask.methods.selectors import build
 
     for method, hyperparameters in methods.items():
         build(method, hyperparameters)
     if reading.writes(task):
-        text.design(task, reading.template, decide="likelihood" if reading.decide == "terms" else reading.decide)
+        reading.worded(task)
         return
     if reading.decide != "auto":
         raise UsageError(f"--decide {reading.decide} is for answers in text; add --text")

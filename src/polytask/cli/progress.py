@@ -11,8 +11,11 @@ if TYPE_CHECKING:
     from polytask.training import Event
 
 
+ROOM = 12  # jobs up to which each has its line from the start
+
+
 class Progress:
-    """One line for each job. Give it to training as `on_event`.
+    """One line for each job; where there are many, for each that runs. Give it to training as `on_event`.
 
     Loss and score are those of the last evaluation on the validation split, and the best.
     """
@@ -35,7 +38,7 @@ class Progress:
                 console=Console(stderr=True),
             )
             for name in jobs:
-                self._live.add_task(name, total=None, says="as it is")
+                self._live.add_task(name, total=None, says="as it is", visible=len(jobs) <= ROOM)
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -72,6 +75,7 @@ class Progress:
                 )
             return
         best = self._best.get(event.job, 0.0)
+        self._live.update(event.job, visible=True)
         if event.kind == "probe":
             self._live.update(event.job, says=f"{before} {metric} {event.score:.3f}")
         elif event.kind == "done":
@@ -83,4 +87,4 @@ class Progress:
     def finish(self, job: int) -> None:
         """A job that has no steps (frozen features alone) is done too."""
         if self._live is not None:
-            self._live.update(job, completed=1, total=1)
+            self._live.update(job, completed=1, total=1, visible=len(self.jobs) <= ROOM)

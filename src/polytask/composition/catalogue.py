@@ -4,6 +4,8 @@ KIND = "router"             or "merge", "hypernetwork"
 NAME = "nearest-task"
 PLACE = "input"             a router's granularity; where a merge or a hypernetwork acts
 EQUATION, PAPER             one line each
+
+and so does every rule that the decorator of `merging/rule.py` enters.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 from typing import Literal
+
+from polytask.composition.merging.rule import rules
 
 
 @dataclass(frozen=True)
@@ -35,4 +39,6 @@ def catalogue() -> list[Part]:
         module = importlib.import_module(each.name)
         if hasattr(module, "KIND"):
             found.append(Part(module.NAME, module.KIND, module.PLACE, module.EQUATION, module.PAPER, each.name))
+    for name, rule in rules().items():
+        found.append(Part(name, "merge", "weights", rule.equation, rule.paper, rule.__module__))
     return sorted(found, key=lambda part: (part.kind, part.name))

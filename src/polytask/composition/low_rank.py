@@ -63,8 +63,7 @@ def as_lora(base: Backbone, adapter: Adapter, rank: int, *, drop: bool = False) 
             f"adapter {adapter.name} ({adapter.id}) belongs to other weights than those of {base.name}; load its own"
         )
     active = Active.of(build(adapter.method, adapter.hyperparameters), adapter.tensors)
-    read = _stored if active.method.swaps else _layered if active.method.opaque else _probed
-    maps, rest = read(base, adapter.name, active)
+    maps, rest = differences(base, adapter.name, active)
     norm = {site: _norm(maps[site]) for site in base.sites if site in maps}
     lost, all_ = math.hypot(*rest.values()), math.hypot(*norm.values(), *rest.values())
     if lost <= 1e-9 * all_:
@@ -105,6 +104,13 @@ def as_lora(base: Backbone, adapter: Adapter, rank: int, *, drop: bool = False) 
     )
     said = build("lora", {"r": rank, "alpha": float(rank), "sites": changed}).hyperparameters()
     return replace(adapter, method="lora", hyperparameters=said, tensors=tensors | rest_of, card=card), off
+
+
+def differences(base: Backbone, name: str, active: Active) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """ΔW [width, reads] by site, and by its name the norm of whatever else changes. Raises UsageError as `as_lora` does
+    of the method."""
+    read = _stored if active.method.swaps else _layered if active.method.opaque else _probed
+    return read(base, name, active)
 
 
 def nearest(ΔW: Tensor, r: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,5 @@
 """What measurements say: comparisons of methods, and the pages that show them."""
 
-from polytask.evaluation.comparison import Comparison, Row, Trial
+from polytask.evaluation.comparison import Comparison, Failure, Row, Trial
 
-__all__ = ["Comparison", "Row", "Trial"]
+__all__ = ["Comparison", "Failure", "Row", "Trial"]

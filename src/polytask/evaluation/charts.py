@@ -1,7 +1,7 @@
 """Small charts as plain SVG: lines with labels at their ends, and points with intervals.
 
 Colours are CSS classes (`c0` to `c6`, defined by the page), so that one drawing fits light and dark. Beyond seven
-series the dash and the marker tell them apart.
+series the dash and the marker tell them apart, up to 42 of them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,18 @@ from dataclasses import dataclass
 from html import escape
 
 COLOURS = 7
-DASHES = ("", "7 4", "2 3", "9 3 2 3")
+DASHES = ("", "7 4", "2 3", "9 3 2 3", "14 4", "5 2 1 2")
+MARKERS = (  # disc, square, triangle, diamond, triangle upside down, cross
+    "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0 -10 0z",
+    "M-4.5 -4.5h9v9h-9z",
+    "M0 -6l5.5 10h-11z",
+    "M0 -6.5l6 6.5l-6 6.5l-6 -6.5z",
+    "M0 6l5.5 -10h-11z",
+    "M-2 -5.5h4v3.5h3.5v4h-3.5v3.5h-4v-3.5h-3.5v-4h3.5z",
+)
 LETTER = 6.6  # width of a letter of a label, px, generously
 LINE = 15  # height of a label, px
+FEW = 12  # points whose labels find room near them
 
 
 @dataclass(frozen=True)
@@ -142,8 +151,9 @@ def scatter(title: str, x: str, y: str, points: Sequence[Point], width: int = 52
         px, py = frame.x(p.x), frame.y(p.y)
         wide = LETTER * len(p.name)
         spots = [
-            (px + dx if dx > 0 else px + dx - wide, py + dy)
-            for dy in (0, -16, 16, -32, 32, -48, 48, -64, 64)
+            (px + dx if dx > 0 else px + dx - wide, py + sign * 16 * step)
+            for step in range(5 if len(points) < FEW else 14)
+            for sign in (1, -1)
             for dx in (11, -11)
         ]
         boxes = [(left, middle - LINE / 2, left + wide, middle + LINE / 2) for left, middle in spots]
@@ -199,24 +209,21 @@ def _step(span: float) -> float:
 
 
 def _apart(places: Sequence[float], top: float, bottom: float) -> list[float]:
-    """The places moved as little as lets labels stand a line apart, between top and bottom."""
+    """The places moved as little as lets labels stand a line apart, between top and bottom: least squares, by pooling
+    neighbours that are too near (isotonic regression of what is left when i lines are taken from the ith place)."""
     order = sorted(range(len(places)), key=lambda i: places[i])
-    moved = [places[i] for i in order]
-    for _ in range(200):
-        still = True
-        for a in range(len(moved) - 1):
-            short_of = LINE - (moved[a + 1] - moved[a])
-            if short_of > 0.1:
-                moved[a], moved[a + 1], still = moved[a] - short_of / 2, moved[a + 1] + short_of / 2, False
-        if moved and moved[0] < top:
-            moved[0], still = top, False
-        if moved and moved[-1] > bottom:
-            moved[-1], still = bottom, False
-        if still:
-            break
+    pools: list[tuple[float, int]] = []  # mean and size
+    for i, at in enumerate(order):
+        mean, size = places[at] - LINE * i, 1
+        while pools and pools[-1][0] > mean:
+            before, n = pools.pop()
+            mean, size = (mean * size + before * n) / (size + n), size + n
+        pools.append((mean, size))
     found = [0.0] * len(places)
-    for i, place in zip(order, moved, strict=True):
-        found[i] = place
+    means = [mean for mean, size in pools for _ in range(size)]
+    last = max(top, bottom - LINE * (len(places) - 1))
+    for i, (at, mean) in enumerate(zip(order, means, strict=True)):
+        found[at] = min(max(mean, top), last) + LINE * i
     return found
 
 
@@ -241,13 +248,8 @@ def _cost(
 
 
 def marker(i: int, x: float, y: float, note: str = "", *, scale: float = 1.0) -> str:
-    """Series number i's disc, square, triangle or diamond around a point."""
-    shape = (
-        "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0 -10 0z",
-        "M-4.5 -4.5h9v9h-9z",
-        "M0 -6l5.5 10h-11z",
-        "M0 -6.5l6 6.5l-6 6.5l-6 -6.5z",
-    )[i // COLOURS % 4]
+    """Series number i's shape around a point."""
+    shape = MARKERS[i // COLOURS % len(MARKERS)]
     place = f'transform="translate({x:.1f} {y:.1f}) scale({scale:g})"'
     title = f"<title>{escape(note)}</title>" if note else ""
     return f'<path class="dot c{i % COLOURS}" {place} d="{shape}">{title}</path>'

@@ -66,4 +66,7 @@ class Compacter(Method):
 
 def kronecker(C: Tensor, s: Tensor, t: Tensor) -> Tensor:
     """Σᵢ kron(Cᵢ, sᵢ tᵢᵀ) [n·P, n·Q] from C [n, n, n], s [n, P], t [n, Q]."""
-    return torch.einsum("iab,ip,iq->apbq", C, s, t).flatten(2, 3).flatten(0, 1)
+    (n, P), Q = s.shape, t.shape[1]
+    st = s[:, :, None] * t[:, None, :]
+    H = C.flatten(1).T @ st.flatten(1)  # [n·n, P·Q]
+    return H.view(n, n, P, Q).transpose(1, 2).reshape(n * P, n * Q)

@@ -8,11 +8,16 @@ backbone. In a gated feed-forward network l scales the product of gate and up, w
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from polytask.backbones import Site
 from polytask.methods.method import Method, Params, method
+
+if TYPE_CHECKING:
+    from polytask.methods.lifting import Columns, Group
 
 
 @method("ia3", place="activations", equation="y ← l ∘ y", paper="Liu et al. 2022, arXiv 2205.05638")
@@ -28,3 +33,10 @@ class IA3(Method):
 
     def delta(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
         return (p["l"] - 1).to(y.dtype) * y
+
+    def mix(self, group: Group, x: Tensor, y: Tensor, c: Columns) -> Tensor:
+        """Many at once: y + Σ w (l − 1) ∘ y, with one scale [width] a row, since they all scale the same y."""
+        if "l − 1" not in group.joined:
+            group.joined["l − 1"] = torch.stack([p["l"] for p in group.params]) - 1
+        scales = c.w.to(group.joined["l − 1"].dtype) @ group.joined["l − 1"]
+        return torch.addcmul(y, scales.to(y.dtype)[:, None], y)

@@ -12,7 +12,7 @@ Three ways to compute the sum, all tested equal:
 * one adapter for all rows: the equation is called once, rows flattened into tokens;
 * several: tensors are gathered per (row, adapter, weight) triple and the equation is lifted by `torch.func.vmap`, or
   called once per adapter on its own rows where the tensors are large;
-* a method's own `mix`, a hand-tuned path (LoRA).
+* a method's own `mix`, a hand-tuned path (LoRA, (IA)³).
 
 Methods with `swaps` change weights instead: rows with equal weights on such adapters share a pass with θ + Σ w Δθ. So
 do rows whose adapters act where a module also runs on something that all rows share (`Backbone.rowless`). Rows of an

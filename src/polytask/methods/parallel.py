@@ -41,4 +41,4 @@ class Parallel(Method):
 
     def delta(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
         D, b_D, U, b_U = p["D"], p["b_D"], p["U"], p["b_U"]
-        return self.scale * (F.relu(x @ D.T + b_D) @ U.T + b_U)
+        return self.scale * F.relu(x @ D.T + b_D) @ U.T + self.scale * b_U

@@ -82,6 +82,14 @@ def encode(backbone: Backbone, head: HeadCard, examples: Sequence[Example], limi
     return [Unit((u, v)) for u, v in both]
 
 
+def wrong(backbone: Backbone, head: HeadCard, examples: Sequence[Example]) -> list[list[Unit]]:
+    """Each example's wrong answers in text: its other options, or the other labels."""
+    others = [[o for o in dict.fromkeys(text.options(head, e)) if o != e.output] for e in examples]
+    prompts = [text.ask(head, replace(e, output=o)) for e, own in zip(examples, others, strict=True) for o in own]
+    units = iter(answered(backbone, text.encode(backbone, head, prompts)))
+    return [[next(units) for _ in own] for own in others]
+
+
 def answered(backbone: Backbone, asked: Sequence[text.Asked]) -> list[Unit]:
     """Prompts with answers, as units whose read positions predict the answers' tokens."""
     units = []
@@ -134,14 +142,25 @@ def schedule(
     budget: int = TOKENS_A_PASS,
     *,
     packable: bool = False,
+    bound: Mapping[int, Hashable] | None = None,
 ) -> Iterator[list[int]]:
     """Passes of units whose seats agree on the causal mask and on writing, as indexes of units; see `packs`.
 
-    Answers in text that may share rows are cut by the budget alone, whatever their lengths.
+    Answers in text that may share rows are cut by the budget alone, whatever their lengths. Units that are `bound` to
+    the same thing come in one pass, in order, even where they are more than the budget.
     """
-    ways = [(seat.head.causal, seat.head.text is not None) for seat in seats]
-    for way in sorted({ways[s] for s in which}, key=str):
-        chosen = [i for i, s in enumerate(which) if ways[s] == way]
+    bound = bound or {}
+    ways = [(seats[s].head.causal, seats[s].head.text is not None, i in bound) for i, s in enumerate(which)]
+    for way in sorted(set(ways), key=str):
+        chosen = [i for i, own in enumerate(ways) if own == way]
+        if way[2]:
+            groups: dict[Hashable, list[int]] = {}
+            for i in chosen:
+                groups.setdefault(bound[i], []).append(i)
+            whole = [*groups.values()]
+            for taken in filled([sum(units[i].length for i in own) for own in whole], range(len(whole)), budget):
+                yield [i for g in taken for i in whole[g]]
+            continue
         if way[1] and packable:
             yield from filled([units[i].length for i in chosen], chosen, budget)
             continue

@@ -1,13 +1,14 @@
 """From a task to an adapter: design a head, train, measure on the test split, and write the card.
 
 `auto` trains the frozen-features head, and LoRA on every linear map, which starts from it; it keeps LoRA only where
-that answers the validation split better, since the head costs nothing to serve.
+that answers the validation split better, since the head costs nothing to serve. `race` does so with the winner of
+`polytask.recipes.race`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 
 import polytask
-from polytask.adapters import Adapter, Card, Lineage, ScoreCard
+from polytask.adapters import Adapter, Card, HeadCard, Lineage, ScoreCard
 from polytask.backbones import Backbone
 from polytask.composition.routing.nearest_task import Profile
 from polytask.errors import PolytaskError, UsageError
 from polytask.inference import Answer, Engine, Request
 from polytask.inference.answers import choose_normalisation
 from polytask.methods import build, passes, selectors
+from polytask.recipes.race import Candidate, Won, candidates, race
 from polytask.recipes.reading import Reading
 from polytask.tasks import Example, Task
 from polytask.tasks.scorers import score
@@ -37,9 +39,9 @@ PROFILED = 2000  # training inputs that a task's mean embedding is taken over
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do with one task: a method by name (or `auto`), with a selector as in `full@lottery`, the hyperparameters
-    of both (`select.share`), how to train, and how the answer is read. `begin` is an adapter whose tensors training
-    begins with, by its method and hyperparameters where the method is `auto`."""
+    """What to do with one task: a method by name (or `auto`, `race`), with a selector as in `full@lottery`, the
+    hyperparameters of both (`select.share`), how to train, and how the answer is read. `begin` is an adapter whose
+    tensors training begins with, by its method and hyperparameters where the method is `auto`."""
 
     task: Task
     method: str = "auto"
@@ -63,7 +65,7 @@ def adapt(
 ) -> Adapter:
     """Teach a task to a frozen backbone; the adapter's card says what was done and how well it does.
 
-    `method` is a name of `polytask methods`, one with a selector as in `full@lottery`, or `auto`. `folder` keeps
+    `method` is a name of `polytask methods`, one with a selector as in `full@lottery`, `auto` or `race`. `folder` keeps
     checkpoints, and training goes on from the one it finds there. Raises UsageError for a task that this backbone
     cannot answer or an unknown method, PolytaskError where the data cannot be learned from.
     """
@@ -81,20 +83,49 @@ def adapt_many(
 ) -> list[Adapter]:
     """Several adapters, trained at once over one frozen pass."""
     plans = [_continued(base, plan) if plan.begin is not None and plan.method == "auto" else plan for plan in plans]
-    jobs = []
-    for plan in plans:
+    raced: dict[int, Won] = {}
+    jobs: dict[int, Job] = {}
+    for i, plan in enumerate(plans):
+        head = plan.reading.design(base, plan.task, plan.settings.limit)
+        if plan.method == "race":
+            if accelerator is not None and accelerator.num_processes > 1:
+                raise UsageError("a race runs in one process; name a method, or leave out the accelerator")
+            raced[i] = _race(base, plan, head, None if folder is None else folder / f"race-{i}", _told(on_event, [i]))
+            continue
         if plan.method == "auto":
             plan = _automatic(base, plan)
         method, selector = selectors.build(plan.method, plan.hyperparameters)
-        head = plan.reading.design(base, plan.task, plan.settings.limit)
         if head.text and method.name == "head":
             raise UsageError(f"task {plan.task.name} is answered in text, which has no head to train")
         if head.text and method.slots:
             short = head.text.model_copy(update={"limit": min(head.text.limit, base.max_length - method.slots)})
             head = head.model_copy(update={"text": short})
-        jobs.append(Job(plan.task, method, head, plan.settings, selector, plan.begin))
-    learned = train(base, jobs, on_event=on_event, folder=folder, accelerator=accelerator)
-    return [_finish(base, plan, job, found) for plan, job, found in zip(plans, jobs, learned, strict=True)]
+        jobs[i] = Job(plan.task, method, head, plan.settings, selector, plan.begin)
+    several = _told(on_event, [*jobs])
+    learned = train(base, [*jobs.values()], on_event=several, folder=folder, accelerator=accelerator) if jobs else []
+    found = {i: won.learned for i, won in raced.items()} | dict(zip(jobs, learned, strict=True))
+    jobs |= {i: won.job for i, won in raced.items()}
+    return [_finish(base, plan, jobs[i], found[i], raced.get(i)) for i, plan in enumerate(plans)]
+
+
+def _told(on_event: Callable[[Event], None] | None, numbers: Sequence[int]) -> Callable[[Event], None] | None:
+    """Tells of events with the numbers that their jobs have among all."""
+    return None if on_event is None else lambda event: on_event(replace(event, job=numbers[event.job]))
+
+
+def _race(
+    base: Backbone, plan: Plan, head: HeadCard, folder: Path | None, on_event: Callable[[Event], None] | None
+) -> Won:
+    """See `polytask.recipes.race`."""
+    for what, given in (("hyperparameters", plan.hyperparameters), ("lr", plan.settings.lr), ("begin", plan.begin)):
+        if given:
+            raise UsageError(f"a race finds its own method and rate: leave out {what}, or name a method")
+    auto = _automatic(base, plan)
+    assert auto.settings.lr is not None
+    assert auto.hyperparameters is not None
+    lora = Candidate("lora", auto.hyperparameters, auto.settings.lr)
+    entered = candidates(lora, plan.settings, base.hidden_size, writing=head.text is not None)
+    return race(base, plan.task, head, entered, plan.settings, folder=folder, on_event=on_event)
 
 
 def _continued(base: Backbone, plan: Plan) -> Plan:
@@ -123,20 +154,24 @@ def _automatic(base: Backbone, plan: Plan) -> Plan:
     return replace(plan, method="lora", hyperparameters=hyperparameters, settings=settings)
 
 
-def _finish(base: Backbone, plan: Plan, job: Job, learned: Learned) -> Adapter:
+def _finish(base: Backbone, plan: Plan, job: Job, learned: Learned, won: Won | None) -> Adapter:
     task, head = plan.task, job.head
     notes = list(task.notes)
     name, hyperparameters, tensors = learned.method.name, learned.method.hyperparameters(), learned.tensors
-    if plan.method == "auto":
+    if won is not None:
+        notes += [str(rung) for rung in won.rungs]
+    if plan.method in ("auto", "race"):
         metric = "geometric mean of token probabilities" if head.text else task.metric or "score"
         before = "backbone alone" if head.text else "head"
-        said = f"{metric} on validation: {before} {learned.probe:.3f}, lora {learned.validation:.3f}"
+        said = f"{metric} on validation: {before} {learned.probe:.3f}, {name} {learned.validation:.3f}"
+        if won is not None:
+            said += f"; all took {won.cost:.1f} times the epochs of {name}"
         if learned.validation > learned.probe:
-            notes.append(f"auto chose lora: {said}")
+            notes.append(f"{plan.method} chose {name}: {said}")
         else:
             name, tensors = "head", learned.probe_tensors
             hyperparameters = build("head").hyperparameters()
-            notes.append(f"auto chose {before}: {said}")
+            notes.append(f"{plan.method} chose {before}: {said}")
     kept = {n: t.detach().float() if t.is_floating_point() else t for n, t in tensors.items()}
     kept = {n: t.cpu().contiguous() for n, t in kept.items()}
     baseline = {n: t.detach().float().cpu().contiguous() for n, t in learned.probe_tensors.items()}
@@ -167,11 +202,12 @@ def _finish(base: Backbone, plan: Plan, job: Job, learned: Learned) -> Adapter:
             "selector": {"name": job.selector.name} | job.selector.hyperparameters() if job.selector else None,
             "settings": vars(job.settings) | {"lr": job.settings.rate(name, base.hidden_size)},
             "history": learned.history,
-        },
+        }
+        | ({"race": [asdict(rung) for rung in won.rungs]} if won else {}),
         notes=tuple(notes),
     )
     adapter = Adapter(name, hyperparameters, kept | profile, base.card(), card, head)
-    if head.text and head.text.decide == "likelihood" and task.validation:
+    if head.text and head.text.decide == "likelihood" and not head.text.objective and task.validation:
         adapter = _with_normalisation(base, adapter, task)
     probe = replace(adapter, method="head", hyperparameters=build("head").hyperparameters(), tensors=baseline | profile)
     scores: dict[str, ScoreCard] = {}

@@ -26,7 +26,8 @@ class Reading:
     drops a decoder's causal mask; a text drops it in some blocks, "0011" in the upper half (`Backbone.opened`).
     Of a text: template: how prompts are worded. decide: `write`, take the option of most `likelihood`, `terms`, where
     several stand for each label (`polytask.recipes.terms`), or `auto`. terms: what they are chosen from; the words of
-    the training texts, if None.
+    the training texts, if None. objective: train the `likelihood` of right answers, or as `tfew` does
+    (`polytask.training.tfew`) the unlikelihood of wrong options too.
     """
 
     in_text: Literal["auto", "yes", "no"] = "auto"
@@ -37,14 +38,24 @@ class Reading:
     decide: Literal["auto", "write", "likelihood", "terms"] = "auto"
     masks: int = perfect.MASKS
     terms: tuple[str, ...] | None = None
+    objective: Literal["likelihood", "tfew"] = "likelihood"
 
     def writes(self, task: Task) -> bool:
         """Whether the answer is in text."""
         return self.in_text == "yes" or (self.in_text == "auto" and task.kind in ("generation", "choice"))
 
+    def worded(self, task: Task, limit: int = LIMIT) -> HeadCard:
+        """The card of an answer in text, without terms. Raises UsageError for a task that cannot be answered so."""
+        if self.decide == "terms" and self.objective == "tfew":
+            raise UsageError(f"task {task.name}: the objective tfew trains the labels' own names, not terms for them")
+        decide = "likelihood" if self.decide == "terms" else self.decide
+        return text.design(task, self.template, decide=decide, limit=limit, objective=self.objective)
+
     def design(self, base: Backbone, task: Task, limit: int | None = None) -> HeadCard:
         """The head card. Raises UsageError for a task or backbone that cannot be answered this way."""
         if not self.writes(task):
+            if self.objective == "tfew":
+                raise UsageError(f"task {task.name}: the objective tfew is for answers in text, not for a head")
             pool = self.pool or ("last" if base.kind == "decoder" else "mean")
             if isinstance(self.causal, str):
                 _check_blocks(base, self.causal)
@@ -56,8 +67,7 @@ class Reading:
                 f"task {task.name} is answered in text, and {base.name} cannot write; name a decoder or an "
                 "encoder-decoder with --base"
             )
-        decide = "likelihood" if self.decide == "terms" else self.decide
-        card = text.design(task, self.template, decide=decide, limit=limit or LIMIT)
+        card = self.worded(task, limit or LIMIT)
         if self.decide == "terms":
             card = terms.find(base, task, card, self.terms)
         longest = _longest(base, card, task.train)

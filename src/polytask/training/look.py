@@ -1,4 +1,4 @@
-"""What a selector sees of a job before it is trained: gradients, a trial training, the validation score."""
+"""What a selector sees of a job before it is trained: gradients, passes, a trial training, the validation score."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from polytask.backbones import Backbone
+from polytask.backbones import Backbone, Batch
 from polytask.methods import Method, Params
+from polytask.methods.lifting import Active, Plan
+from polytask.methods.passes import Seat, forward, schedule
 from polytask.methods.selectors.selector import Penalty
 
 if TYPE_CHECKING:
@@ -29,13 +32,31 @@ class Looking:
     def gradients(self, method: Method, tensors: Params, rows: int, passes: int) -> Iterator[Params]:
         copy = self._copy(method, tensors)
         loop = self._loop(copy, None)
-        order = random.Random(self.seed).sample(range(len(copy.units)), len(copy.units))
-        lots = [order[i : i + rows] for i in range(0, len(order), rows)]
-        for lot in lots[: passes or None]:
+        for lot in self._lots(rows, passes):
             loop.backward([copy], [lot])
             yield {n: t.grad.detach() for n, t in copy.tensors.items() if t.grad is not None}
             for t in copy.tensors.values():
                 t.grad = None
+
+    def outputs(self, method: Method, tensors: Params, rows: int, passes: int, times: int) -> Iterator[list[Tensor]]:
+        head = {n.removeprefix("head/"): t for n, t in tensors.items() if n.startswith("head/")}
+        seats = [Seat(self._learner.job.head, head, torch.ones(1))]
+        plan = Plan(self.backbone, [Active.of(method, tensors)], training=True)
+        for lot in self._lots(rows, passes):
+            units = [self._learner.units[i] for i in lot]
+            packs = [*schedule(seats, units, [0] * len(lot), packable=self.backbone.packable)]
+            yield [
+                torch.cat([z for p in packs for _, _, z in forward(plan, seats, [units[i] for i in p], [0] * len(p))])
+                for _ in range(times)
+            ]
+
+    def read(self, rows: int, passes: int) -> Iterator[Batch]:
+        causal = self._learner.job.head.causal
+        for lot in self._lots(rows, passes):
+            batch = self.backbone.collate([ids for i in lot for ids in self._learner.units[i].ids])
+            with torch.no_grad():
+                self.backbone.hidden(batch, causal=causal)
+            yield batch
 
     def trained(self, method: Method, tensors: Params, epochs: float = 1.0, penalty: Penalty | None = None) -> Params:
         copy = self._copy(method, tensors)
@@ -50,6 +71,11 @@ class Looking:
     def score(self, method: Method, tensors: Params) -> float:
         copy = self._copy(method, tensors)
         return self._loop(copy, None).validate([copy])[0]
+
+    def _lots(self, rows: int, passes: int) -> list[list[int]]:
+        n = len(self._learner.units)
+        order = random.Random(self.seed).sample(range(n), n)
+        return [order[i : i + rows] for i in range(0, n, rows)][: passes or None]
 
     def _copy(self, method: Method, tensors: Params) -> Learner:
         return replace(

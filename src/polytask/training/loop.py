@@ -29,7 +29,7 @@ from polytask.methods.method import Method
 from polytask.methods.passes import Seat, Unit
 from polytask.methods.selectors.selector import Penalty
 from polytask.tasks.scorers import score
-from polytask.training import checkpoint, probe
+from polytask.training import checkpoint, probe, tfew
 from polytask.training.look import Looking
 from polytask.training.settings import Job
 
@@ -84,6 +84,8 @@ class Learner:
     held: list[Unit]
     tensors: dict[str, Tensor]
     method: Method
+    wrong: list[list[Unit]] = field(default_factory=list)
+    """Each training example's wrong answers, where they are trained too (`tfew`)."""
     shares: dict[str, Tensor] = field(default_factory=dict)
     """See `Choice.shares`."""
     penalty: Penalty | None = None
@@ -221,6 +223,7 @@ def _prepare(backbone: Backbone, job: Job) -> Learner:
         ),
         tensors={name: t.to(backbone.device) for name, t in tensors.items()},
         method=job.method,
+        wrong=passes.wrong(backbone, job.head, task.train) if job.head.text and job.head.text.objective else [],
         class_weights=None if weights is None else weights.to(backbone.device),
     )
 
@@ -464,29 +467,38 @@ class Loop:
         which: list[int] = []
         index: list[int] = []
         count: list[int] = []
+        bound: dict[int, tuple[int, int]] = {}
         for s, (learner, batch) in enumerate(zip(active, batches, strict=True)):
             count.append(self._loss_terms(learner, batch))
-            mine = batch[self._rank :: self._world]
-            units += [learner.units[i] for i in mine]
-            which += [s] * len(mine)
-            index += mine
+            for i in batch[self._rank :: self._world]:
+                answers = [learner.units[i], *(learner.wrong[i] if learner.wrong else ())]
+                if learner.wrong:
+                    bound |= dict.fromkeys(range(len(units), len(units) + len(answers)), (s, i))
+                units += answers
+                which += [s] * len(answers)
+                index += [i] * len(answers)
             learner.losses.append(0.0)
-        for pack in passes.schedule(seats, units, which, packable=self.backbone.packable):
+        for pack in passes.schedule(seats, units, which, packable=self.backbone.packable, bound=bound):
             total = torch.zeros((), device=self.backbone.device)
             for s, members, z in passes.forward(
                 plan, seats, [units[i] for i in pack], [which[i] for i in pack], self.start
             ):
                 learner = active[s]
-                y = _targets(learner, [index[pack[j]] for j in members]).to(z.device)
-                if learner.job.head.reads == "words":
-                    z, y = z[y != heads.IGNORED], y[y != heads.IGNORED]
-                loss = heads.losses(learner.job.head, z, y, learner.class_weights).sum() / count[s]
+                examples = [index[pack[j]] for j in members]
+                if learner.wrong:
+                    each = tfew.losses(z, [units[pack[j]].target or [] for j in members], examples)
+                else:
+                    y = _targets(learner, examples).to(z.device)
+                    if learner.job.head.reads == "words":
+                        z, y = z[y != heads.IGNORED], y[y != heads.IGNORED]
+                    each = heads.losses(learner.job.head, z, y, learner.class_weights)
+                loss = each.sum() / count[s]
                 learner.losses[-1] += float(loss.detach())
                 total = total + loss
             total.backward()  # type: ignore[no-untyped-call]
 
     def _loss_terms(self, learner: Learner, batch: Sequence[int]) -> int:
-        if learner.job.head.reads == "sequence":
+        if learner.job.head.reads == "sequence" or learner.wrong:
             return len(batch)
         return max(1, int((_targets(learner, batch) != heads.IGNORED).sum()))
 
@@ -495,6 +507,9 @@ class Loop:
         settings = learner.job.settings
         others = set(learner.common) if learner.owner not in (None, learner) else set()
         own = [t for name, t in learner.tensors.items() if name not in others]
+        for name, kept in learner.shares.items():  # what stays does not count for clipping
+            if (slope := learner.tensors[name].grad) is not None:
+                slope.mul_(kept > 0)
         if self._world > 1:
             flat = torch.cat([t.grad.flatten() if t.grad is not None else torch.zeros_like(t).flatten() for t in own])
             flat = torch.cat([flat, flat.new_tensor([learner.losses[-1]])])
@@ -619,7 +634,7 @@ class Loop:
         prefix = "enc." if self.backbone.kind == "encoder-decoder" else ""
         lowest = len(self.backbone.blocks) - 1
         for learner in self.learners:
-            if learner.method.slots and not learner.done:
+            if (learner.method.slots or learner.wrong) and not learner.done:
                 return 0
             for name in learner.tensors:
                 site = name.rpartition("/")[0].removeprefix(prefix)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
-from polytask.backbones import Backbone
+from polytask.backbones import Backbone, Batch
 from polytask.errors import UsageError
 from polytask.methods.method import Method, Params, methods, values
 from polytask.methods.method import build as build_method
@@ -35,6 +35,14 @@ class Look(Protocol):
     def gradients(self, method: Method, tensors: Params, rows: int, passes: int) -> Iterator[Params]:
         """The gradients of the mean loss over a lot of `rows` training examples, for each of `passes` lots (0: for as
         many as there are), drawn without replacement."""
+
+    def outputs(self, method: Method, tensors: Params, rows: int, passes: int, times: int) -> Iterator[list[Tensor]]:
+        """The logits [N, C] of the same lots in each of `times` passes over them, with gradients towards the tensors;
+        what training draws by chance is drawn anew in each."""
+
+    def read(self, rows: int, passes: int) -> Iterator[Batch]:
+        """The same lots as batches that the backbone alone has just read, without gradients: for hooks that take down
+        what its modules put out."""
 
     def trained(self, method: Method, tensors: Params, epochs: float = 1.0, penalty: Penalty | None = None) -> Params:
         """The tensors after training on the job's data for that share of its epochs, at its rate; the last ones, not
