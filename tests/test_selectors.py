@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -271,6 +272,31 @@ def test_a_sparse_difference_is_small_on_disk_and_the_same_again(tmp_path: Path)
     assert all(torch.equal(back.tensors[n], t) for n, t in sparse.tensors.items())
     plain = pt.adapt(wide, task_of(), "lora", settings=pt.Settings(epochs=1)).save(tmp_path / "l")
     assert json.loads((plain / "adapter.json").read_text())["format_version"] == 1  # older readers can read it
+
+
+def test_a_difference_that_is_nothing_takes_no_room(tmp_path: Path) -> None:
+    wide = tiny.backbone("bert", tokenizer=TOKENS, hidden_size=64, intermediate_size=256)
+    skill = pt.adapt(wide, task_of(held=0), "full", settings=pt.Settings(epochs=1))
+    none = replace(skill, tensors={n: torch.zeros_like(t) if n[0] == ":" else t for n, t in skill.tensors.items()})
+    folder = none.save(tmp_path / "a")
+    assert (folder / TENSORS).stat().st_size < 0.2 * (skill.save(tmp_path / "b") / TENSORS).stat().st_size
+    back = pt.Adapter.load(folder)
+    assert all(torch.equal(back.tensors[n], t) for n, t in none.tensors.items())
+
+
+def test_values_beyond_a_tensors_end_are_damage(tmp_path: Path) -> None:
+    """A file whose hashes fit and whose places do not, as another program could write it."""
+    from polytask.adapters.store import _whole, describe
+
+    wide = tiny.backbone("bert", tokenizer=TOKENS, hidden_size=64, intermediate_size=256)
+    folder = pt.adapt(wide, task_of(held=0), "full@lottery", settings=pt.Settings(epochs=1)).save(tmp_path / "a")
+    stored = describe(folder)
+    name = stored.sparse[0]
+    parts = {f"{name}.places": torch.tensor([10**9]), f"{name}.values": torch.ones(1)}
+    with pytest.raises(PolytaskError, match="has values beyond its end"):
+        _whole(parts, stored, folder / TENSORS)
+    with pytest.raises(PolytaskError, match="has no places and values for"):
+        _whole({}, stored, folder / TENSORS)
 
 
 def test_wrong_selectors_are_refused(backbone: Backbone) -> None:

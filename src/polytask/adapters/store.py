@@ -171,7 +171,7 @@ def _parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str
             flat = tensor.detach().cpu().reshape(-1)
             places = flat.nonzero()[:, 0]
             # Not where a zero has a sign: what is loaded is bit for bit what was saved.
-            if 0 < len(places) <= SPARSE * len(flat) and int(flat.signbit().sum()) == int(flat[places].signbit().sum()):
+            if len(places) <= SPARSE * len(flat) and int(flat.signbit().sum()) == int(flat[places].signbit().sum()):
                 parts |= {f"{name}.places": places, f"{name}.values": flat[places]}
                 sparse.append(name)
                 continue
