@@ -452,3 +452,21 @@ def test_answers_in_text_have_importance_too() -> None:
     own = [n for n in skill.tensors if n.startswith(":")]
     assert own == [":layers.0.mlp.up_proj/weight", ":layers.0.mlp.down_proj/weight"]
     assert all(bool(skill.tensors[n].any()) for n in own)
+
+
+def test_numbers_that_make_no_method_are_one_line(backbone: Backbone) -> None:
+    for name, hyper in (
+        ("prompt", {"n": "0"}),
+        ("prefix", {"n": "-3"}),
+        ("lora", {"r": "0"}),
+        ("bottleneck", {"reduction": 0}),
+    ):
+        with pytest.raises(UsageError, match="at least 1 is needed"):
+            build(name, hyper)
+    for value in ("-1", "0", "1.5"):
+        with pytest.raises(UsageError, match="leaves nothing to train, or is no share"):
+            selectors.build("full@lottery", {"select.share": value})
+    with pytest.raises(UsageError, match="leaves nothing to train, or is no share"):
+        selectors.build("bottleneck@snip", {"select.sparsity": 1})
+    with pytest.raises(UsageError, match="600 virtual tokens leave no room for a text"):
+        build("prefix", {"n": 600}).start(backbone, 0)

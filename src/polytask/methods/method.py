@@ -103,6 +103,11 @@ class Method:
 
         Raises UsageError where one of the method's site patterns matches nothing in this backbone.
         """
+        if self.slots >= backbone.max_length:
+            raise UsageError(
+                f"{self.name}: {self.slots} virtual tokens leave no room for a text in the {backbone.max_length} that "
+                f"{backbone.name} reads; give fewer"
+            )
         generator = torch.Generator().manual_seed(seed)
         tensors: dict[str, Tensor] = {}
         sites = backbone.reader_sites if self.slots else backbone.sites_for(writing=writing)
@@ -159,6 +164,8 @@ def values(cls: type[Any], owner: str, given: Mapping[str, Any]) -> dict[str, An
                 found[name] = _boolean(owner, name, value) if kind is bool else kind(value)
         except (TypeError, ValueError):
             raise UsageError(f"{owner}.{name} = {value!r}: a {kind.__name__} is needed") from None
+        if kind is int and not several and found[name] < (least := int(default > 0)):
+            raise UsageError(f"{owner}.{name} = {value}: at least {least} is needed")
     return found
 
 

@@ -73,6 +73,13 @@ class Selector:
     equation: ClassVar[str] = ""
     paper: ClassVar[str] = ""
 
+    def __post_init__(self) -> None:
+        for part, share in (("share", getattr(self, "share", 1.0)), ("sparsity", 1 - getattr(self, "sparsity", 0.0))):
+            if not 0 < share <= 1:
+                raise UsageError(
+                    f"{self.name}.{part} = {getattr(self, part):g} leaves nothing to train, or is no share"
+                )
+
     def choose(self, look: Look) -> Choice:
         """What of the job is trained. Raises UsageError for a method that it cannot choose from."""
         raise NotImplementedError(type(self).__name__)
