@@ -221,8 +221,15 @@ def test_smora_counts_and_refuses():
     backbone = tiny.backbone("bert")
     assert count(backbone, "smora", r=8, k=4) == 3 * 2 * (8 * (32 + 32) + 8 * 32)
     assert count(backbone, "smora", r=8, k=4, block=4) == 3 * 2 * (8 * (32 + 32) + 2 * 32)
-    for wrong in ({"k": 65}, {"k": 0}, {"k": 6, "block": 4}, {"r": 10, "k": 4, "block": 4}, {"block": 0}):
-        with pytest.raises(UsageError, match="k is at most r, and block divides both") as caught:
+    divided, least = "k is at most r, and block divides both", "at least 1 is needed"
+    for wrong, said in (
+        ({"k": 65}, divided),
+        ({"k": 6, "block": 4}, divided),
+        ({"r": 10, "k": 4, "block": 4}, divided),
+        ({"k": 0}, least),
+        ({"block": 0}, least),
+    ):
+        with pytest.raises(UsageError, match=said) as caught:
             build("smora", wrong)
         one_line(caught.value)
 
