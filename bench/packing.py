@@ -26,7 +26,8 @@ from polytask.methods import build, passes
 from polytask.recipes.reading import Reading
 from polytask.tasks import Example, Task
 from polytask.training import Job, Settings
-from polytask.training.loop import Loop, _prepare
+from polytask.training.learner import prepare
+from polytask.training.loop import Loop
 
 NAMES = ("csabstruct", "scitldr_summary", "gsm8k")
 
@@ -65,7 +66,7 @@ WAYS: dict[str, dict[str, Callable[..., Any]]] = {
 
 def epoch(base: Backbone, job: Job, way: str, window: Window) -> tuple[float, list[float]]:
     """One epoch; its tokens, and its losses in nats per answer token."""
-    learner = _prepare(base, job)
+    learner = prepare(base, job)
     loop = Loop(base, [learner], lambda event: None, None, None)
     with ExitStack() as stack:
         for name, other in WAYS[way].items():

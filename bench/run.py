@@ -22,6 +22,7 @@ BENCHES: dict[str, tuple[str, ...]] = {
     "packing": ("bench.packing",),
     "decode": ("bench.decode",),
     "methods": ("bench.methods",),
+    "quantised": ("bench.quantised",),
     "train_scores": ("bench.train", "--scores"),
     "together_scores": ("bench.together", "--scores"),
 }
@@ -35,6 +36,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "packing": ("--rounds", "3", "--examples", "96"),
     "decode": ("--rounds", "3"),
     "methods": ("--rounds", "3", "--examples", "64"),
+    "quantised": ("--rounds", "3"),
 }
 
 

@@ -32,7 +32,11 @@ from polytask.tasks import TaskCard
 from polytask.training.settings import LEARNING_RATES, Settings
 
 WHEN = Path(__file__).parent / "when.md"
-NEEDED: dict[str, dict[str, Any]] = {"peft": {"type": "VERA"}}  # what a method has no default for
+NEEDED: dict[str, dict[str, Any]] = {  # what a method has no default for
+    "peft": {"type": "VERA"},
+    "reprogram": {"alphabet": "ACDEFGHIKLMNPQRSTVWY"},
+}
+DECODERS = {"bitune"}  # what is for these alone
 FOR = {"snip": "bottleneck"}  # what a selector is for, where that is neither `full` nor a method that names it
 PLACES = {"weights": "On weights", "activations": "On activations", "tokens": "Virtual tokens", "logits": "On logits"}
 INHERITED = {
@@ -83,17 +87,17 @@ class Tried:
 
 
 @cache
-def tiny() -> Backbone:
+def tiny(family: str) -> Backbone:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-        model = AutoModel.from_config(AutoConfig.for_model("bert", vocab_size=16, **sizes))
+        model = AutoModel.from_config(AutoConfig.for_model(family, vocab_size=32, **sizes))
     return Backbone(model.eval(), None, "tiny", precision="fp32", device="cpu")
 
 
 @cache
 def tried(name: str) -> Tried:
-    backbone, m = tiny(), build(name, NEEDED.get(name))
+    backbone, m = tiny("llama" if name in DECODERS else "bert"), build(name, NEEDED.get(name))
     start = m.start(backbone, 0)
     batch = Batch(torch.arange(1, 7)[None], torch.ones(1, 6, dtype=torch.bool))
     with torch.no_grad():
@@ -271,12 +275,14 @@ def assignments(hyperparameters: Mapping[str, Any]) -> str:
 
 def commands(name: str) -> list[str]:
     method, hyper = example(name)
-    adapt = " ".join(filter(None, [f"$ polytask adapt {TASK} --method {method}", assignments(hyper)]))
+    base = "polytask-base" if name in DECODERS else "minilm"
+    told = f"--base {base}" if name in DECODERS else ""
+    adapt = " ".join(filter(None, [f"$ polytask adapt {TASK} --method {method}", told, assignments(hyper)]))
     given = f", hyperparameters={hyper!r}".replace("'", '"') if hyper else ""
     code = [
         "import polytask as pt",
         "",
-        f'base, task = pt.load("minilm"), pt.Task.read("{TASK}")',
+        f'base, task = pt.load("{base}"), pt.Task.read("{TASK}")',
         f'skill = pt.adapt(base, task, "{method}"{given})',
         'print(skill.card.scores["test"].value)',
     ]

@@ -178,8 +178,8 @@ def test_a_false_id_with_a_matching_digest_is_refused(tmp_path: Path) -> None:
 
 def test_other_format_versions(tmp_path: Path) -> None:
     folder = save(rich(), tmp_path / "a")
-    edit(folder, {"format_version": 3})
-    assert "format version 3" in refusal(folder)
+    edit(folder, {"format_version": 4})
+    assert "format version 4" in refusal(folder)
     edit(folder, {"something_new": {}})  # a newer format may have any fields: the version is what matters
     assert "install a newer one" in refusal(folder)
 

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from writers import clean, refused, tensors_of, tokenizer, writer
 
 from polytask.adapters import Adapter, Card, HeadCard
+from polytask.adapters.expression import mix
 from polytask.backbones import Backbone, heads, text
 from polytask.backbones.frame import start_token
-from polytask.composition import mix
 from polytask.errors import PolytaskError
 from polytask.inference import Engine, Request
 from polytask.inference.answers import Options, choose_normalisation

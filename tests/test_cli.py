@@ -58,7 +58,7 @@ def test_methods_lists_everything_with_its_paper() -> None:
     kinds = {part["name"]: part["kind"] for part in parts}
     assert {"head", "lora", "bottleneck", "ia3", "full"} <= {n for n, kind in kinds.items() if kind == "method"}
     assert kinds["nearest-task"] == "router"
-    assert kinds["mixture"] == "merge"
+    assert (kinds["mix"], kinds["stack"]) == ("composition", "composition")
     places = {part["place"] for part in parts if part["kind"] == "method"}
     assert places <= {"weights", "activations", "tokens", "logits"}
     table = run("methods").out

@@ -208,7 +208,7 @@ def test_asking_whom_there_is_not(skills: Path, tmp_path: Path) -> None:
         (["-l", tmp_path / "nowhere"], "no library here"),
         (["-l", skills, "-a", "thing"], "no such adapter"),
         (["-l", skills, "-a", "0.5*things+0.5*birds"], "birds"),
-        (["-l", skills, "-a", "much*things"], "0.7*name"),
+        (["-l", skills, "-a", "much*things"], "0.7*a"),
         (["-l", skills, "-a", "pairs"], "two texts"),
         (["-l", skills, "-f", tmp_path / "no.txt"], "not there"),
         (["-l", skills, "-f", tmp_path], "one input a line"),

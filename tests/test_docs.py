@@ -206,7 +206,7 @@ def test_counterparts_in_peft_are_there(pages: Any) -> None:
 def test_the_python_of_a_page_runs(pages: Any, name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """On a tiny backbone, a few of the task's rows, and for one epoch."""
     real = load("minilm")
-    family = "olmoe" if name == "esft" else "bert"
+    family = {"esft": "olmoe", "bitune": "llama"}.get(name, "bert")
     small = tiny.backbone(family, tokenizer=real.tokenizer, vocab_size=real.model.config.vocab_size)
 
     def read(*given: Any) -> Task:

@@ -14,9 +14,8 @@ from made import one_line
 from torch import Tensor
 
 from polytask.adapters import Adapter, Card, HeadCard
+from polytask.adapters.expression import mix, read
 from polytask.backbones import Backbone, heads, load
-from polytask.composition import mix
-from polytask.composition.mix import read_mixture
 from polytask.composition.routing.nearest_task import NearestTask, Profile
 from polytask.errors import PolytaskError, UsageError
 from polytask.inference import Engine, Request
@@ -141,7 +140,7 @@ def test_a_mixture_is_the_weighted_sum(backbone):
     merged = replace(one, tensors=joined, hyperparameters=m.hyperparameters(), card=Card(name="m", task=one.card.task))
     engine = Engine(backbone, adapters=[one, two, merged])
     for text in TEXTS:
-        a, b = engine.answer([Request(text, adapter=read_mixture("0.6*one + -0.4*two")), Request(text, adapter="m")])
+        a, b = engine.answer([Request(text, adapter=read("0.6*one + -0.4*two")), Request(text, adapter="m")])
         assert a.output == b.output
         assert a.probability == pytest.approx(b.probability, abs=1e-5)
         assert (a.name, b.name) == ("one", "m")
@@ -150,13 +149,13 @@ def test_a_mixture_is_the_weighted_sum(backbone):
 def test_mixtures_that_cannot_be_read():
     for text in ("x*one", "0.5*", "one + ", ""):
         with pytest.raises(UsageError) as caught:
-            read_mixture(text)
+            read(text)
         one_line(caught.value)
     with pytest.raises(UsageError, match="not one of its adapters"):
         mix({"a": 1.0}, head="b")
     with pytest.raises(UsageError, match="at least one"):
         mix({})
-    assert str(read_mixture("0.7*a + b")) == "0.7·a + 1·b"
+    assert str(read("0.7*a + b")) == "0.7 * a + b"
 
 
 def test_adapters_come_from_a_source_when_they_are_asked_for(backbone, adapters):

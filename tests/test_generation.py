@@ -18,9 +18,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from writers import LENGTH, clean, refused, tensors_of, tokenizer, writer
 
 from polytask.adapters import Adapter, Card
+from polytask.adapters.expression import mix
 from polytask.backbones import Backbone
 from polytask.backbones.text import Asked
-from polytask.composition import mix
 from polytask.errors import PolytaskError, UsageError
 from polytask.inference.engine import WRITER, Ask, Engine
 from polytask.inference.generation import generate, sample, stream

@@ -31,7 +31,7 @@ from polytask.recipes import terms
 from polytask.recipes.adapt import adapt, predict
 from polytask.recipes.reading import Reading
 from polytask.tasks import Example, Label, Task, TaskCard
-from polytask.training import Job, Settings, loop, probe, train
+from polytask.training import Job, Settings, learner, loop, probe, train
 
 MASKED = tiny.words(*"abcdefgh", "[MASK]")
 MASKED.mask_token = "[MASK]"
@@ -185,7 +185,7 @@ def test_prototypes_are_those_of_the_adapted_states() -> None:
         [learned] = train(backbone, [one])
         units = passes.encode(backbone, one.head, task.train)
         own = {n: t for n, t in learned.tensors.items() if not n.startswith("head/")}
-        states = torch.stack(passes.features(backbone, one.head, units, adapter=Active.of(one.method, own)))
+        states = torch.stack(passes.features(backbone, one.head, units, terms=((1.0, Active.of(one.method, own)),)))
         y = torch.tensor(["abcd".index(str(e.output)) for e in task.train])
         right = torch.stack([states[y == k].mean(0) for k in range(4)])
         torch.testing.assert_close(learned.tensors["head/c"], right, rtol=1e-4, atol=1e-4)
@@ -379,7 +379,7 @@ def test_a_head_that_attends_learns_on_frozen_features_alone(kind: str, monkeypa
     units = passes.encode(backbone, attending(task).head, task.validation)
     held = passes.features(backbone, attending(task).head, units)
     outputs, _ = heads.decode(attending(task).head, probe.tokenwise(attending(task).head, untrained, held))
-    before = loop.score(task, outputs, task.validation, resamples=0).value
+    before = learner.score(task, outputs, task.validation, resamples=0).value
     assert learned.validation > before + 0.1
     assert learned.validation > (0.85 if kind == "classification" else 0.6)
 
@@ -398,7 +398,7 @@ def test_states_that_do_not_fit_are_not_kept(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(probe, "descend", watched)
     for tokens, all_ in ((200, False), (10**6, True)):
         seen.clear()
-        monkeypatch.setattr(loop, "CACHE_BYTES", 4 * 32 * tokens)
+        monkeypatch.setattr(learner, "CACHE_BYTES", 4 * 32 * tokens)
         train(backbone, [attending(task)])
         assert (sum(seen) == sum(len(unit.ids[0]) for unit in units)) == all_
         assert 0 < sum(seen) <= tokens

@@ -32,8 +32,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from polytask.adapters import Adapter, Card, HeadCard, TextCard, export_peft
+from polytask.adapters.expression import mix
 from polytask.backbones import Backbone
-from polytask.composition import mix
 from polytask.errors import PolytaskError, UsageError
 from polytask.evaluation import lm_eval as referee
 from polytask.evaluation.lm_eval import PolytaskLM, compare, evaluate
@@ -386,11 +386,12 @@ def test_adapters_are_scored_and_compared_over_one_backbone(
     before = adapted.engine.backbone.model.state_dict()["model.layers.0.self_attn.q_proj.weight"].clone()
     both = {"first": 0.5, "second": 0.5}
     found = evaluate(adapted.engine, list(TASKS), [None, "first", both], include_path=str(folder), bootstrap_iters=0)
-    assert list(found) == ["none", "first", "0.5·first + 0.5·second"]
+    assert list(found) == ["none", "first", "0.5 * first + 0.5 * second"]
     assert torch.equal(adapted.engine.backbone.model.state_dict()["model.layers.0.self_attn.q_proj.weight"], before)
     same(found["first"], scored(adapted.theirs, manager))
-    config = found["0.5·first + 0.5·second"]["config"]
-    assert (config["adapter"], set(config["weights"].values())) == ("0.5·first + 0.5·second", {0.5})
+    config = found["0.5 * first + 0.5 * second"]["config"]
+    ids = {name: adapted.engine.find(name) for name in ("first", "second")}
+    assert (config["adapter"], config["adapters"]) == ("0.5 * first + 0.5 * second", ids)
     assert config["fingerprint"] == adapted.engine.backbone.fingerprint
 
     differences = compare(found["first"], found["none"], resamples=200)

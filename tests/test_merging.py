@@ -23,14 +23,15 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 from polytask.adapters import Adapter, HeadCard, load
+from polytask.adapters.expression import mix
 from polytask.adapters.store import save
 from polytask.backbones import Backbone
 from polytask.backbones import load as load_backbone
 from polytask.composition.catalogue import catalogue
 from polytask.composition.low_rank import as_lora, differences
 from polytask.composition.merge import merge
+from polytask.composition.merging.fitted import fitted_rules
 from polytask.composition.merging.rule import build, rules
-from polytask.composition.mix import mix
 from polytask.errors import PolytaskError, UsageError
 from polytask.inference import Engine, Request
 from polytask.library import Library
@@ -196,7 +197,7 @@ def test_a_rule_says_whether_it_is_linear(name):
 
 def test_the_catalogue_has_every_rule():
     found = {part.name: part for part in catalogue() if part.kind == "merge"}
-    assert found.keys() == rules().keys() | {"mixture"}
+    assert found.keys() == rules().keys() | fitted_rules().keys()
     assert all(part.equation and "arXiv" in part.paper for part in found.values())
 
 
@@ -524,7 +525,7 @@ def test_modules_are_merged_one_after_the_other(monkeypatch):
         most = max(most, sum(ref() is not None for ref in alive))
         return maps, rest
 
-    monkeypatch.setattr("polytask.composition.merge.differences", watched)
+    monkeypatch.setattr("polytask.composition.sources.differences", watched)
     merge(backbone, parts, "ties", 2)
     assert len(alive) > 30
     assert 2 <= most <= 2 * len(parts)

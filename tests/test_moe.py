@@ -19,6 +19,7 @@ from polytask.backbones.frame import Frame, read
 from polytask.backbones.lean import Lean
 from polytask.errors import UsageError
 from polytask.methods import build, methods, passes, selectors
+from polytask.methods.lifting import Active, Plan
 from polytask.methods.selectors.esft import ESFT, reached
 from polytask.training import Job, Learned, train
 from polytask.training.look import Looking
@@ -79,7 +80,7 @@ def test_blocks_without_experts_have_the_sites_of_plain_ones() -> None:
 
 
 @every_mixture
-@pytest.mark.parametrize("name", [n for n in methods() if n not in ("head", "peft")])
+@pytest.mark.parametrize("name", [n for n in methods() if n not in ("head", "peft", "reprogram")])
 def test_a_method_whose_sites_are_within_the_network_says_which_is_not_there(family: str, name: str) -> None:
     backbone, m = tiny.backbone(family), build(name)
     absent = [pattern for pattern in m.sites if ".mlp." in pattern]
@@ -227,8 +228,8 @@ def test_a_chosen_experts_difference_is_in_the_answers() -> None:
             model.get_submodule(path).get_parameter(parameter).data += Δ
     with torch.no_grad():
         right = model(input_ids=batch.ids, attention_mask=batch.mask.long()).last_hidden_state
-        active = passes.Active.of(learned.method, learned.tensors)
-        found = passes.Plan(backbone, [active]).hidden(batch)
+        active = Active.of(learned.method, learned.tensors)
+        found = Plan(backbone, [active]).hidden(batch)
     torch.testing.assert_close(found[batch.mask], right[batch.mask], rtol=1e-5, atol=1e-5)
     assert (right - backbone.hidden(batch))[batch.mask].abs().max() > 1e-4
 

@@ -235,6 +235,21 @@ def test_a_selected_job_that_was_interrupted_goes_on_to_the_same_bits(
     assert whole.method == again.method
 
 
+@pytest.mark.parametrize("name", ["full@half", "full@lottery", "lora@half"])
+def test_what_was_learnt_before_and_is_not_chosen_stays(backbone: Backbone, name: str) -> None:
+    method = name.partition("@")[0]
+    task = task_of(n=32)
+    first = pt.adapt(backbone, task, method, settings=pt.Settings(epochs=1, batch=16))
+    moved = {n: t + 0.01 if not n.startswith(("head/", "task/")) else t for n, t in first.tensors.items()}
+    first = replace(first, tensors=moved)
+    again = pt.adapt(backbone, task, name, settings=pt.Settings(epochs=1, batch=16), begin=first)
+    own = {n for n in first.tensors if not n.startswith(("head/", "task/"))}
+    assert own <= again.tensors.keys()
+    still = [n for n in own if torch.equal(again.tensors[n], first.tensors[n])]
+    assert 0 < len(still) < len(own)
+    assert pt.Engine(backbone, adapters=[again]).answer([pt.Request("a e f", adapter=again.id)])
+
+
 def test_a_checkpoint_of_another_selector_is_refused(backbone: Backbone, tmp_path: Path) -> None:
     train(backbone, [job("full@half", epochs=1)], folder=tmp_path)
     with pytest.raises(PolytaskError, match="other work"):

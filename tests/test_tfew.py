@@ -30,6 +30,7 @@ from polytask.recipes.adapt import adapt, adapt_many, request
 from polytask.tasks import Example, Label, Task
 from polytask.tasks.templates import templates
 from polytask.training import Event, Job, Settings, loop, tfew, train
+from polytask.training.learner import PREDICTED, prepare
 
 FAMILIES = ("llama", "t5")
 SAYS = {"cat": "the mat", "dogs": "run", "noon": "home at noon", "two": "no"}
@@ -143,7 +144,7 @@ def test_gradients_are_those_of_a_copy_of_the_model(family: str) -> None:
     """Every weight, over a batch whose options fill several passes and share rows where the backbone can."""
     backbone, task = backbone_of(family), choices(24)
     head = card(task)
-    learner = loop._prepare(backbone, Job(task, build("full"), head))
+    learner = prepare(backbone, Job(task, build("full"), head))
     opened = loop.Loop(backbone, [learner], lambda event: None, None, None)
     batch = [*range(1, 24)]
     assert sum(unit.length for i in batch for unit in [learner.units[i], *learner.wrong[i]]) > passes.TOKENS_A_PASS
@@ -178,7 +179,7 @@ def test_the_first_loss_by_hand(family: str, method: str) -> None:
     assert first.loss == pytest.approx(sum(float(by_hand(own)) for own in options) / 12, rel=1e-4)
     # Validation scores are those of every answer in text: how probable right answers are.
     assert learned.probe == pytest.approx(math.exp(float(held.mean())), rel=1e-4)
-    assert first.metric == loop.PREDICTED
+    assert first.metric == PREDICTED
 
 
 @pytest.mark.parametrize("family", FAMILIES)

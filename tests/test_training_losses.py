@@ -18,6 +18,7 @@ from polytask.methods import build, passes
 from polytask.methods.lifting import Active, Plan
 from polytask.tasks import Label, Task
 from polytask.training import Event, Job, Learned, checkpoint, loop, probe, train
+from polytask.training.learner import SOFTER
 
 
 def first_loss(backbone: Backbone, job: Job) -> tuple[float, Learned]:
@@ -35,7 +36,7 @@ def test_the_first_loss_by_hand(backbone, balanced):
     job = job_of(task, batch=64, epochs=1, balanced=balanced)
     loss, learned = first_loss(backbone, job)
     φ = torch.stack(passes.features(backbone, job.head, passes.encode(backbone, job.head, task.train)))
-    W, b = (loop.SOFTER * learned.probe_tensors[f"head/{n}"] for n in "Wb")
+    W, b = (SOFTER * learned.probe_tensors[f"head/{n}"] for n in "Wb")
     y = torch.tensor(["abcd".index(str(e.output)) for e in task.train])
     each = -(φ @ W.T + b).log_softmax(-1)[torch.arange(len(y)), y]
     if balanced:
@@ -48,7 +49,7 @@ def test_the_loss_of_tags_is_a_mean_over_words(backbone):
     job = job_of(task, batch=64, epochs=1)
     loss, learned = first_loss(backbone, job)
     φ = torch.cat(passes.features(backbone, job.head, passes.encode(backbone, job.head, task.train)))
-    W, b = (loop.SOFTER * learned.probe_tensors[f"head/{n}"] for n in "Wb")
+    W, b = (SOFTER * learned.probe_tensors[f"head/{n}"] for n in "Wb")
     y = torch.tensor([("O", "B-X", "I-X").index(tag) for e in task.train for tag in e.output])
     each = -(φ @ W.T + b).log_softmax(-1)[torch.arange(len(y)), y]
     assert loss == pytest.approx(float(each.mean()), rel=1e-4)

@@ -18,6 +18,7 @@ import polytask as pt
 from polytask.backbones import Backbone
 from polytask.errors import UsageError
 from polytask.training import Event, Job, Learned, Settings, loop, train
+from polytask.training.learner import prepare
 
 
 def near(a: Learned, b: Learned, tolerance: float = 2e-3) -> None:
@@ -98,7 +99,7 @@ def test_a_cached_prefix_changes_nothing(family, sites, monkeypatch):
 
 def test_a_prefix_is_cached_only_below_every_trained_site(backbone, monkeypatch):
     def first(*jobs: Job) -> int:
-        learners = [loop._prepare(backbone, job) for job in jobs]
+        learners = [prepare(backbone, job) for job in jobs]
         return loop.Loop(backbone, learners, lambda event: None, None, None).start
 
     task = task_of(n=16)

@@ -21,8 +21,8 @@ _HOMES = {
     "Backbone": "polytask.backbones",
     "Engine": "polytask.inference",
     "Example": "polytask.tasks",
+    "Expression": "polytask.adapters.expression",
     "Library": "polytask.skills",
-    "Mixture": "polytask.composition",
     "PolytaskError": "polytask.errors",
     "Reading": "polytask.recipes",
     "Request": "polytask.inference",
@@ -35,14 +35,20 @@ _HOMES = {
     "as_lora": "polytask.composition.low_rank",
     "load": "polytask.backbones",
     "merge": "polytask.composition.merge",
-    "mix": "polytask.composition",
+    "bare": "polytask.adapters.expression",
+    "ensemble": "polytask.adapters.expression",
+    "mix": "polytask.adapters.expression",
+    "parallel": "polytask.adapters.expression",
+    "pipeline": "polytask.adapters.expression",
+    "split": "polytask.adapters.expression",
+    "stack": "polytask.adapters.expression",
 }
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from polytask.adapters import Adapter
+    from polytask.adapters.expression import Expression, bare, ensemble, mix, parallel, pipeline, split, stack
     from polytask.backbones import Backbone, load
-    from polytask.composition import Mixture, mix
     from polytask.composition.low_rank import as_lora
     from polytask.composition.merge import merge
     from polytask.errors import PolytaskError, UsageError

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import overload
 
+from polytask.adapters.expression import Expression
 from polytask.backbones import Backbone, load
-from polytask.composition import Mixture
 from polytask.errors import UsageError
 from polytask.inference import Answer, Engine, Request
 from polytask.library import Library as Store
@@ -26,13 +26,13 @@ class Library(Store):
 
     @overload
     def answer(  # type: ignore[overload-overlap]  # a str is a sequence of str too
-        self, inputs: str, adapter: str | Mixture | None = None
+        self, inputs: str, adapter: str | Expression | None = None
     ) -> Answer: ...
     @overload
-    def answer(self, inputs: Sequence[str | Request], adapter: str | Mixture | None = None) -> list[Answer]: ...
+    def answer(self, inputs: Sequence[str | Request], adapter: str | Expression | None = None) -> list[Answer]: ...
 
     def answer(
-        self, inputs: str | Sequence[str | Request], adapter: str | Mixture | None = None
+        self, inputs: str | Sequence[str | Request], adapter: str | Expression | None = None
     ) -> Answer | list[Answer]:
         """Answers to one text or to many, by the adapter named, or by the nearest task's.
 

@@ -71,7 +71,7 @@ class HeadCard(BaseModel):
     map reads: the pooled vector; for a pair, both vectors with their difference and product, or one joint encoding.
     `causal` says whether a decoder's mask stays, or where it is dropped: see `Backbone.opened`. With `text` the answer
     is in words, and there are no tensors. With the pool `masks`, that many mask tokens stand behind the input and are
-    read (`polytask.backbones.perfect`).
+    read (`polytask.backbones.perfect`). The characters of `alphabet` are read one by one, wherever they are in a text.
 
     A field that was not there in an older version is None by default, and so left out of what ids are made from.
     """
@@ -84,6 +84,7 @@ class HeadCard(BaseModel):
     causal: bool | str = True
     text: TextCard | None = None
     masks: int | None = None
+    alphabet: str | None = None
 
     @field_validator("causal")
     @classmethod
@@ -140,8 +141,9 @@ class Adapter:
     """A method's tensors per site, a head, and a card.
 
     `tensors` are named `<site>/<parameter>`: the method's own (`3.attn.q/A`), the head's (`head/W`), and the task's
-    mean embedding for routing (`task/mean`). Two adapters that compute the same have the same `id`, whatever their
-    cards say.
+    mean embedding for routing (`task/mean`). `above` are the ids of the adapters, lowest first, that stood below it
+    when it was trained, and stand below it where it answers, unless it is asked for in a stack on others. Two adapters
+    that compute the same have the same `id`, whatever their cards say.
     """
 
     method: str
@@ -150,6 +152,7 @@ class Adapter:
     backbone: BackboneCard
     card: Card
     head: HeadCard | None = None
+    above: tuple[str, ...] = ()
 
     @cached_property
     def id(self) -> str:
@@ -159,6 +162,11 @@ class Adapter:
     @property
     def name(self) -> str:
         return self.card.name
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The ids of the adapters that it cannot run without: those it stands on, and those it is made of."""
+        return tuple(dict.fromkeys((*self.above, *self.hyperparameters.get("over", ()))))
 
     @property
     def parameters(self) -> int:
@@ -198,7 +206,8 @@ def content_digest(adapter: Adapter) -> str:
     """SHA-256 over everything that decides what the adapter computes."""
     sha = hashlib.sha256()
     head = adapter.head.model_dump(mode="json", exclude_none=True) if adapter.head else None
-    says = [adapter.method, dict(adapter.hyperparameters), head, adapter.backbone.fingerprint]
+    says: list[Any] = [adapter.method, dict(adapter.hyperparameters), head, adapter.backbone.fingerprint]
+    says += [list(adapter.above)] if adapter.above else []
     sha.update(json.dumps(says, sort_keys=True, ensure_ascii=False).encode())
     for name in sorted(adapter.tensors):
         tensor = adapter.tensors[name].detach().cpu().contiguous()

@@ -33,7 +33,7 @@ from polytask.adapters.adapter import Adapter, BackboneCard, Card, HeadCard
 from polytask.adapters.disk import previous, whole_folder
 from polytask.errors import PolytaskError, UsageError
 
-FORMAT_VERSION = 2  # 1: no sparse tensors; adapters without any are still written as 1
+FORMAT_VERSION = 3  # 1: no sparse tensors; 2: on no other adapters. An adapter is written as the oldest that has it
 SPARSE = 0.3  # share of other numbers than zero up to which places and values take less room, of fp32
 TENSORS = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
@@ -52,6 +52,7 @@ class Stored(BaseModel):
     sha256: str
     tensors: dict[str, str]
     sparse: tuple[str, ...] = ()
+    above: tuple[str, ...] = ()
     digest: str
     card: Card
 
@@ -66,6 +67,7 @@ class Stored(BaseModel):
             self.sha256,
             self.tensors,
             *([self.sparse] if self.sparse else []),
+            *([{"above": self.above}] if self.above else []),
         ]
         text = json.dumps(says, sort_keys=True, ensure_ascii=False, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -100,7 +102,7 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
         with open(temporary / TENSORS, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         stored = Stored(
-            format_version=FORMAT_VERSION if sparse else 1,
+            format_version=3 if adapter.above else 2 if sparse else 1,
             id=identity,
             method=adapter.method,
             hyperparameters=hyperparameters,
@@ -109,10 +111,11 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
             sha256=sha256,
             tensors={name: _shape(tensor) for name, tensor in adapter.tensors.items()},
             sparse=sparse,
+            above=adapter.above,
             digest="",
             card=adapter.card,
         )
-        fields = stored.model_dump(mode="json", exclude=None if sparse else {"sparse"})
+        fields = stored.model_dump(mode="json", exclude={n for n in ("sparse", "above") if not getattr(stored, n)})
         fields["digest"] = stored.expected_digest()
         write_json(fields, temporary / DESCRIPTION)
         # safetensors makes its files readable by their owner alone; a team's library needs what the umask says.
@@ -152,6 +155,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu") -> Adapter:
         backbone=stored.backbone,
         card=stored.card,
         head=stored.head,
+        above=stored.above,
     )
     if adapter.id != stored.id:
         raise PolytaskError(f"{folder / DESCRIPTION}: id is {stored.id}, but the content's is {adapter.id}")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from polytask.adapters import BackboneCard
 from polytask.backbones import families, keys
+from polytask.backbones.quantised import QUANTISED, quantising, whole
 from polytask.backbones.site import Site
 from polytask.errors import PolytaskError, UsageError
 
@@ -31,7 +32,7 @@ EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d
 # draws them at random.
 UNREAD = ("pooler.", "lm_head.")
 
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "int8", "nf4"]
 Ids = Sequence[int]
 
 
@@ -42,7 +43,8 @@ class Batch:
     `ids` [R, T] int64, `mask` [R, T] bool (True where a token is real). `start` is the block at which to begin where
     `states` [R, T, d] already hold what that block reads. `written` [R, U] int64 is what an encoder-decoder's decoder
     has written so far; without it only the encoder runs. `document` [R, T] int64 numbers the sequences that share a
-    row, from 1 (0 is padding): none sees another, and each counts its positions from 0.
+    row, from 1 (0 is padding): none sees another, and each counts its positions from 0. `asked` [R, T] bool says which
+    tokens are a prompt's, where others are its answer's (None: all are).
     """
 
     ids: Tensor
@@ -51,13 +53,26 @@ class Batch:
     states: Tensor | None = None
     written: Tensor | None = None
     document: Tensor | None = None
+    asked: Tensor | None = None
 
     def rows(self, index: Tensor) -> Batch:
         """The batch of the rows at `index` [r] int64."""
-        states, written, document = (
-            None if t is None else t[index] for t in (self.states, self.written, self.document)
+        states, written, document, asked = (
+            None if t is None else t[index] for t in (self.states, self.written, self.document, self.asked)
         )
-        return Batch(self.ids[index], self.mask[index], self.start, states, written, document)
+        return Batch(self.ids[index], self.mask[index], self.start, states, written, document, asked)
+
+    @property
+    def standing(self) -> tuple[Tensor, Tensor]:
+        """Where each token stands in its prompt [R, T], from 0, and how many of the prompt come after it; 1 << 30 and
+        −1 for an answer's tokens, −1 and −1 for padding."""
+        number = self.mask.long() if self.document is None else self.document
+        asked = self.mask if self.asked is None else self.asked & self.mask
+        lengths = torch.zeros(len(number), int(number.max()) + 1, dtype=torch.long, device=number.device)
+        lengths.scatter_add_(1, number, asked.long())
+        at = torch.where(asked, self.positions, 1 << 30).masked_fill(~self.mask, -1)
+        left = lengths.gather(1, number) - 1 - self.positions
+        return at, left.masked_fill(~asked, -1)
 
     @property
     def positions(self) -> Tensor:
@@ -74,8 +89,8 @@ class Backbone:
     """A frozen Hugging Face model and its tokenizer.
 
     `model` is the Hugging Face module, in evaluation mode, without gradients, never changed. `headless`: its
-    language-model head, if any, was drawn at random. `sites` maps every site's
-    name to where it is. `hidden` gives the last hidden states that a head reads.
+    language-model head, if any, was drawn at random. `precision` says what its maps are kept in, `dtype` what is
+    computed in. `sites` maps every site's name to where it is. `hidden` gives the last hidden states that a head reads.
     """
 
     def __init__(
@@ -96,9 +111,12 @@ class Backbone:
         self.device = pick_device(device)
         self.fingerprint = fingerprint(model)
         self.dtype = pick_dtype(precision, self.device)
-        self.model = model.eval().requires_grad_(False).to(self.device)
-        for parameter in self.model.parameters():  # and not the buffers: rotary frequencies have to stay in fp32
-            parameter.data = parameter.data.to(self.dtype)
+        self.precision = precision if precision in QUANTISED else str(self.dtype).removeprefix("torch.")
+        self.model = model.eval().requires_grad_(False)
+        with quantising(model, precision, self.device, self.dtype):
+            self.model.to(self.device)
+            for parameter in self.model.parameters():  # and not the buffers: rotary frequencies have to stay in fp32
+                parameter.data = parameter.data.to(self.dtype)
         self.sites: dict[str, Site] = families.sites(model)
         self.parameters = sum(p.numel() for p in self.base.parameters())
         config: Any = model.config
@@ -325,6 +343,8 @@ class Backbone:
         ids = torch.full_like(found, 1 if pad == 0 else 0).masked_fill(document == 0, pad)
         ids[row, where[row, column]] = batch.ids[row, column]
         wide = replace(batch, ids=ids, mask=document > 0, document=None if batch.document is None else document)
+        if batch.asked is not None:
+            wide = replace(wide, asked=wide.mask.index_put((row, where[row, column]), batch.asked[row, column]))
         places = wide.positions
         if int(places[wide.mask].max()) >= self.max_length:
             raise PolytaskError(
@@ -497,14 +517,14 @@ class Backbone:
     def weights_changed(self, differences: Mapping[tuple[str, str], Tensor]) -> Iterator[None]:
         """Run with θ + Δθ for the named (module path in `base`, parameter name), wherever θ stands; θ stays untouched.
 
-        The sum is taken in fp32 and rounded to the model's dtype once.
+        The sum is taken in fp32 and rounded to the model's dtype once; a quantised θ is what it stands for.
         """
         originals: list[tuple[nn.Module, str, nn.Parameter]] = []
         try:
             for (path, name), difference in differences.items():
                 θ = self.base.get_submodule(path)._parameters[name]
                 assert θ is not None
-                changed = (θ.float() + difference).to(θ.dtype)
+                changed = (whole(θ).float() + difference).to(θ.dtype)
                 for module, where in self._places[id(θ)]:
                     originals.append((module, where, θ))
                     module._parameters[where] = changed  # type: ignore[assignment]
@@ -585,9 +605,9 @@ def load(
     """A backbone by name.
 
     `name_or_path` is `minilm` or `polytask-base` (embedded, offline), a folder with a Hugging Face model, or a hub id.
-    `precision` is `fp32`, `bf16`, or `auto`: bf16 where the processor or GPU computes in it. `attention` is the
-    transformers implementation; `auto` takes `eager` on a CPU, whose backward is faster there than sdpa's, and sdpa on
-    a GPU.
+    `precision` is `fp32`, `bf16`, or `auto`: bf16 where the processor or GPU computes in it; `int8` and `nf4` compute
+    in what `auto` takes, over linear maps that are kept in 8 and in 4 bits. `attention` is the transformers
+    implementation; `auto` takes `eager` on a CPU, whose backward is faster there than sdpa's, and sdpa on a GPU.
 
     Raises UsageError where nothing of that name can be found, PolytaskError where its files are not what they should
     be.
@@ -717,8 +737,8 @@ def pick_dtype(precision: Precision, device: torch.device) -> torch.dtype:
         return torch.float32
     if precision == "bf16":
         return torch.bfloat16
-    if precision != "auto":
-        raise UsageError(f"precision {precision!r}: one of auto, fp32, bf16")
+    if precision not in ("auto", *QUANTISED):
+        raise UsageError(f"precision {precision!r}: one of auto, fp32, bf16, {', '.join(QUANTISED)}")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():

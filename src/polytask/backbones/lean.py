@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polytask.backbones.backbone import Backbone
+from polytask.backbones.quantised import QUANTISED
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -53,7 +54,8 @@ class Lean:
         self.eps: float = config.rms_norm_eps
         self.kinds: Sequence[str] = getattr(config, "layer_types", None) or ["full_attention"] * len(self.layers)
         self.head_width: int = self.layers[0].self_attn.head_dim
-        self.joins = backbone.parameters * backbone.dtype.itemsize <= JOINED
+        small = backbone.parameters * backbone.dtype.itemsize <= JOINED
+        self.joins = small and backbone.precision not in QUANTISED  # joined, they would stand whole
         self._products: dict[tuple[int, str], _Product] = {}
         self._masks: dict[tuple[int, ...], tuple[list[Tensor], Tensor]] = {}
 
@@ -111,7 +113,7 @@ class Lean:
         """What block i's linear maps by these names make of x [S, 1, reads], with the adapters' differences."""
         here = [changes.get(f"{i}.{name}") for name in maps]
         if not self.joins:
-            values = [F.linear(x, linear.weight, linear.bias) for linear in maps.values()]
+            values = [linear.forward(x) for linear in maps.values()]  # past the hooks
             return [y if change is None else change(x, y) for change, y in zip(here, values, strict=True)]
         low = [None if change is None else change.low_rank() for change in here]
         key = (i, next(iter(maps)))

@@ -1,4 +1,4 @@
-"""The command line: `polytask demo | adapt | predict | compare | merge | library | methods`.
+"""The command line: `polytask demo | adapt | predict | compare | compose | merge | library | methods`.
 
 Nothing heavy is imported before a command runs, so that help comes at once. Exit status: 0 done, 1 the work failed or
 was stopped, 2 wrong use. An error is one line on standard error; POLYTASK_DEBUG=1 adds the traceback.
@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from polytask import __version__
-from polytask.cli import adapt, compare, demo, library, merge, methods, predict
+from polytask.cli import adapt, compare, compose, demo, library, merge, methods, predict
 from polytask.errors import PolytaskError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("demo")(demo.demo)
 app.command("adapt")(adapt.adapt)
 app.command("predict")(predict.predict)
 app.command("compare")(compare.compare)
+app.command("compose")(compose.compose)
 app.command("merge")(merge.merge)
 app.add_typer(library.app, name="library")
 app.command("methods")(methods.methods)

@@ -16,6 +16,9 @@ from polytask.errors import UsageError
 
 if TYPE_CHECKING:
     from polytask.adapters import Adapter
+    from polytask.backbones import Backbone
+    from polytask.library import Library
+    from polytask.recipes.adapt import Plan
 
 
 def adapt(
@@ -43,6 +46,30 @@ def adapt(
         str | None,
         typer.Option("--begin", metavar="NAME", help="An adapter of the library whose numbers training begins with."),
     ] = None,
+    above: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--above",
+            metavar="NAME",
+            help="An adapter of the library that stays as it is below the new one, in training and ever after; may be "
+            "given again, the lowest first.",
+        ),
+    ] = None,
+    over: Annotated[
+        str | None,
+        typer.Option(
+            "--over",
+            metavar="NAME,NAME,...",
+            help="The adapters of the library that a method such as fusion joins.",
+        ),
+    ] = None,
+    reuse: Annotated[
+        bool,
+        typer.Option(
+            "--reuse",
+            help="Try what the library's adapters know first, by cross-validation: for tasks with few examples.",
+        ),
+    ] = False,
     input: options.Input = None,
     output: options.Output = None,
     pair: options.Pair = None,
@@ -105,6 +132,10 @@ def adapt(
       polytask adapt questions.csv
     A few examples, each with one of several answers:
       polytask adapt few.csv --recipe tfew
+    A handful of examples, and a library that knows similar tasks:
+      polytask adapt few.csv --reuse
+    On top of an adapter that knows the language or the domain:
+      polytask adapt tickets.csv --above german
     A dataset of the Hugging Face hub on another backbone:
       polytask adapt hf:SetFit/sst2 --base roberta-base
 
@@ -148,8 +179,16 @@ def adapt(
     first = kept.get(begin) if begin else None
     options.check(data, {"lora" if method in ("auto", "race") else method: {} if first else hyperparameters}, reading)
     backbone = load(options.base_for(base, data, reading), precision=precision)  # type: ignore[arg-type]
-    plan = Plan(data, method, hyperparameters, chosen, reading, first)
+    below = [kept.get(ref) for ref in above or ()]
+    joined = [kept.get(ref.strip()) for ref in over.split(",")] if over else []
+    plan = Plan(data, method, hyperparameters, chosen, reading, first, below, joined, kept)
     folder = checkpoint or folder_for(library, backbone, [plan])
+    if reuse:
+        if method != "auto" or first or below or joined:
+            raise UsageError("--reuse finds its own way: leave out --method, --begin, --above and --over")
+        adapter = _reused(kept, backbone, plan, quiet=quiet or json)
+        _report(adapter, library, plan, json=json)
+        return
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     quiet = quiet or json
@@ -163,6 +202,35 @@ def adapt(
         [adapter] = adapt_many(backbone, [plan], folder=folder, on_event=progress)
         progress.finish(0)
         kept.add(adapter)
+    _report(adapter, library, plan, json=json)
+
+
+def _reused(kept: Library, backbone: Backbone, plan: Plan, *, quiet: bool) -> Adapter:
+    """The best way to use what the library has."""
+    from polytask.recipes.reuse import reuse
+
+    newest = {entry.name: entry for entry in reversed(kept.list(fingerprint=backbone.fingerprint))}
+    known = [kept.get(entry.id) for entry in newest.values()]
+    if not known:
+        raise UsageError(f"the library has no adapter of {backbone.name} to reuse: leave out --reuse")
+    if not quiet:
+        typer.echo(f"{plan.task.name}: {len(plan.task.train)} examples, {len(known)} adapters to try", err=True)
+    found = reuse(
+        backbone,
+        plan.task,
+        known,
+        settings=plan.settings,
+        reading=plan.reading,
+        source=kept,
+        tell=lambda said: None if quiet else typer.echo(said, err=True),
+    )
+    for one in (*found.support, found.adapter):
+        kept.add(one)
+    return found.adapter
+
+
+def _report(adapter: Adapter, library: Path, plan: Plan, *, json: bool) -> None:
+    data = plan.task
     result = report(adapter, library)
     if json:
         show.write_json(result)

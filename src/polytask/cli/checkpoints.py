@@ -28,10 +28,11 @@ def folder_for(library: Path, base: Backbone, plans: Sequence[Plan]) -> Path:
             dict(plan.hyperparameters or {}),
             vars(plan.settings),
             vars(plan.reading),
+            *([[one.id for one in plan.above], [one.id for one in plan.over]] if plan.above or plan.over else []),
         ]
         for plan in plans
     ]
-    text = json.dumps([__version__, base.fingerprint, str(base.dtype), says], sort_keys=True)
+    text = json.dumps([__version__, base.fingerprint, base.precision, says], sort_keys=True)
     return library / ".training" / hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

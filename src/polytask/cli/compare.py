@@ -126,7 +126,7 @@ def compare(
     says = [
         __version__,
         backbone.fingerprint,
-        str(backbone.dtype),
+        backbone.precision,
         data.card().model_dump(mode="json"),
         vars(chosen),
         vars(reading),

@@ -262,6 +262,100 @@ def import_(
 
 
 @app.command()
+def build(
+    tasks: Annotated[
+        list[str],
+        typer.Argument(metavar="TASK...", help="Files or folders, as `polytask adapt` reads them.", show_default=False),
+    ],
+    base: options.Base = None,
+    library: options.Library = options.LIBRARY,
+    method: Annotated[str, typer.Option("--method", "-m", metavar="NAME", help="For all of them.")] = "lora",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A hyperparameter of the method; may be given again."),
+    ] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option("--examples", metavar="N", help="Of each task's training split, at most; all if not given."),
+    ] = None,
+    together: Annotated[
+        int, typer.Option("--together", metavar="N", help="How many adapters are trained over one frozen pass.")
+    ] = 8,
+    epochs: options.Epochs = None,
+    batch: options.BatchSize = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of all random numbers.")] = 0,
+    again: Annotated[bool, typer.Option("--again", help="Train those too that the library has already.")] = False,
+    precision: options.Precision = "auto",
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Make an adapter for each of many tasks, several at a time.
+
+    For example:
+      polytask library build tasks/*.csv
+      polytask library build suite/*/ --method pfeiffer --examples 600 --epochs 6
+
+    A task that cannot be read or learned is told and left out. If it is
+    stopped, the same command goes on: what is kept is not trained again.
+    """
+    from dataclasses import replace
+
+    from polytask.backbones import load
+    from polytask.cli.checkpoints import folder_for, resumable
+    from polytask.cli.progress import Progress
+    from polytask.library import Library
+    from polytask.recipes.adapt import Plan, adapt_many
+    from polytask.recipes.reading import Reading
+
+    if together < 1 or (examples is not None and examples < 1):
+        raise UsageError(f"--together {together}, --examples {examples}: at least 1 is needed")
+    kept = Library(library)
+    hyperparameters = options.pairs(set_ or (), "--set")
+    settings = options.settings(epochs=epochs, batch=batch, seed=seed)
+    there = {entry.name for entry in kept.list(method=method)}
+    plans: list[Plan] = []
+    failed: dict[str, str] = {}
+    for source in tasks:
+        try:
+            task = options.read_task(source)
+            options.check(task, {method: hyperparameters}, Reading())
+        except PolytaskError as error:
+            failed[source] = str(error)
+            continue
+        if again or task.name not in there:
+            plans.append(Plan(replace(task, train=task.train[:examples]), method, hyperparameters, settings))
+            there.add(task.name)
+    groups: dict[str, list[Plan]] = {}
+    for plan in plans:
+        groups.setdefault(options.base_for(base, plan.task, plan.reading), []).append(plan)
+    made = []
+    for name, own in groups.items():
+        backbone = load(name, precision=precision)  # type: ignore[arg-type]
+        parts = [own[begin : begin + together] for begin in range(0, len(own), together)]
+        while parts:
+            part = parts.pop(0)
+            folder = folder_for(library, backbone, part)
+            with resumable(folder), Progress([plan.task.name for plan in part], quiet=quiet or json) as progress:
+                try:
+                    adapters = adapt_many(backbone, part, folder=folder, on_event=progress)
+                except PolytaskError as error:
+                    if len(part) == 1:
+                        failed[part[0].task.name] = str(error)
+                    else:  # the others do not fail with the one that does
+                        parts = [[plan] for plan in part] + parts
+                    continue
+            made += [kept.entry(kept.add(adapter)) for adapter in adapters]
+    if json:
+        show.write_json({"made": [_json(entry) for entry in made], "failed": failed})
+    else:
+        _entries(tuple(made), False)
+        for source, why in failed.items():
+            typer.echo(f"left out: {source}: {why}", err=True)
+    if failed and not made:
+        raise PolytaskError(f"none of {len(tasks)} tasks was learned")
+
+
+@app.command()
 def rm(
     ref: Ref,
     library: options.Library = options.LIBRARY,

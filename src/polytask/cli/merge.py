@@ -1,7 +1,8 @@
-"""`polytask merge`: several adapters become one."""
+"""`polytask merge`: several adapters become one, or several checkpoints."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,11 +13,11 @@ from polytask.errors import UsageError
 
 def merge(
     adapters: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="ADAPTER", help="Names, name@version or ids, of one backbone's adapters.", show_default=False
         ),
-    ],
+    ] = None,
     rule: Annotated[
         str, typer.Option("--rule", "-r", metavar="RULE", help="See the merges of `polytask methods`.")
     ] = "average",
@@ -27,6 +28,14 @@ def merge(
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="A hyperparameter of the rule. May be given again."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="TASK,TASK,...",
+            help="Each adapter's task, in their order, for rules that are fitted to data: files, folders or hub ids.",
+        ),
     ] = None,
     rank: Annotated[
         int | None,
@@ -42,6 +51,16 @@ def merge(
             help="Whose head and task the result gets. If not given, the one that all have, or none.",
         ),
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE.yml", help="Merge whole checkpoints, as mergekit's file says."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Where to write them; for --config.")
+    ] = None,
+    shard: Annotated[
+        float, typer.Option("--shard", metavar="GB", help="The size of a file there, in GB; for --config.")
+    ] = 5.0,
     name: Annotated[str, typer.Option("--name", "-n", metavar="NAME", help="What to call the result.")] = "merged",
     library: options.Library = options.LIBRARY,
     base: Annotated[
@@ -50,24 +69,37 @@ def merge(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Make one adapter of several, without data or training, and say how exact it is.
+    """Make one adapter of several by a rule, and say how exact it is.
 
     For example:
       polytask merge tickets questions --head tickets
       polytask merge a b c --rule ties --set density=0.2 --rank 16
       polytask merge a b --rule task-arithmetic -w 1,-0.5 --set scale=1
       polytask merge a b --rule dare-ties --name both --json
+      polytask merge a b --rule adamerging --data a.csv,b.csv
+      polytask merge --config mergekit.yml --out merged
 
     What comes out of LoRAs by a linear rule is a LoRA whose rank is the sum of
     theirs, and exact. Any other result is as large as the weights it changes
     unless --rank cuts it; the error is told for each site with --json.
+
+    With --config it is checkpoints that are merged, tensor by tensor, by
+    mergekit's linear, task_arithmetic, ties, dare_linear or dare_ties.
     """
+    if config is not None:
+        _checkpoints(config, out, shard, adapters or [], json)
+        return
+    if not adapters:
+        raise UsageError("name the adapters to merge, or give --config FILE.yml")
+    if out is not None:
+        raise UsageError("--out is for --config; an adapter goes into the library: --name and --library")
     from dataclasses import asdict
 
     from polytask.backbones import load
     from polytask.composition.merge import merge as merged
     from polytask.composition.merging.rule import build
     from polytask.library import Library
+    from polytask.tasks import Task
 
     how = build(rule, options.pairs(set_ or (), "--set"))
     try:
@@ -79,9 +111,10 @@ def merge(
     whose = None if head is None else kept.entry(head).id
     if head is not None and whose not in {entry.id for entry in entries}:
         raise UsageError(f"--head {head} is none of the adapters that are merged: {', '.join(adapters)}")
+    tasks = [Task.read(source) for source in data.split(",")] if data else []
     backbone = load(base or entries[0].backbone)
     parts = [kept.get(entry.id) for entry in entries]
-    made, report = merged(backbone, parts, how, rank, weights=numbers, head=whose, name=name)
+    made, report = merged(backbone, parts, how, rank, tasks=tasks, weights=numbers, head=whose, name=name)
     entry = kept.entry(kept.add(made))
     if json:
         show.write_json(
@@ -100,11 +133,33 @@ def merge(
                 "errors": dict(report.sites),
                 "conflict": report.conflict,
                 "conflicts": dict(report.conflicts),
+                "notes": list(made.card.notes[2:]),
             }
         )
         return
     show.write(f"{entry.name}@{entry.version} ({entry.id}) is in {library}: {made.card.notes[0]}")
     what = f"a LoRA of rank {made.hyperparameters['r']}" if made.method == "lora" else "a full difference"
     show.write(f"{what}, {show.size(entry.bytes)}, {made.card.notes[1]}")
+    for note in made.card.notes[2:]:
+        show.write(note)
     if made.head is None:
         show.write("it does not answer by itself: merge again with --head, or mix it with an adapter that has a head")
+
+
+def _checkpoints(config: Path, out: Path | None, shard: float, adapters: list[str], json: bool) -> None:
+    if out is None:
+        raise UsageError("--config needs --out: the folder to write the merged checkpoint to")
+    if adapters:
+        raise UsageError(f"--config says what is merged; leave out {adapters[0]}")
+    from polytask.composition.mergekit import merge_checkpoints, read_mergekit
+
+    recipe = read_mergekit(config)
+    tensors = merge_checkpoints(recipe, out, shard=int(shard * 1e9))
+    models = [model.ref for model in recipe.models]
+    if json:
+        said = {"folder": str(out), "method": recipe.method, "models": models, "base": recipe.base}
+        show.write_json(said | {"tensors": tensors, "notes": list(recipe.notes)})
+        return
+    show.write(f"{tensors} tensors of {', '.join(models)}, merged by {recipe.method}, are in {out}")
+    for note in recipe.notes:
+        show.write(note)

@@ -41,7 +41,11 @@ Base = Annotated[
 ]
 Precision = Annotated[
     str,
-    typer.Option("--precision", metavar="TYPE", help="fp32, bf16, or auto: bf16 where the processor computes in it."),
+    typer.Option(
+        "--precision",
+        metavar="TYPE",
+        help="fp32, bf16, or auto: bf16 where the processor computes in it; int8, nf4: weights in 8 or 4 bits.",
+    ),
 ]
 
 _DATA = "Reading the task"

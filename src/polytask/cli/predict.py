@@ -15,8 +15,8 @@ from polytask.cli import options, show
 from polytask.errors import PolytaskError, UsageError
 
 if TYPE_CHECKING:
+    from polytask.adapters.expression import Expression
     from polytask.backbones import Backbone
-    from polytask.composition import Mixture
     from polytask.inference import Answer, Engine, Request
     from polytask.library import Entry
     from polytask.skills import Library
@@ -81,10 +81,10 @@ def predict(
             _answer(engine, ref, stream, str(file), json)
 
 
-def _who(kept: Library, adapter: str | None, base: str | None, precision: str) -> tuple[Engine, str | Mixture | None]:
+def _who(kept: Library, adapter: str | None, base: str | None, precision: str) -> tuple[Engine, Expression | None]:
     """The engine and who is to answer. Only what is asked for is loaded: a library may hold thousands."""
+    from polytask.adapters.expression import understood
     from polytask.backbones import load
-    from polytask.composition.mix import read_mixture
     from polytask.inference import Engine
 
     if adapter is None:
@@ -92,18 +92,12 @@ def _who(kept: Library, adapter: str | None, base: str | None, precision: str) -
         if entries:
             kept.use(_backbone(entries, base, precision, load))
         return kept.engine(), None
-    ref: str | Mixture = adapter
-    try:
-        entries = (kept.entry(adapter),)
-    except UsageError:
-        if not re.search(r"[*+]", adapter):
-            raise
-        ref = read_mixture(adapter)
-        entries = tuple(kept.entry(name) for name, _ in ref.weights)
+    ref = understood(adapter, kept.entry)
+    entries = tuple(map(kept.entry, ref.names()))
     engine = Engine(_backbone(entries, base, precision, load), source=kept)
     for entry in entries:
         engine.add(kept.get(entry.id))
-    return engine, (entries[0].id if isinstance(ref, str) else ref)
+    return engine, ref.named(lambda name: kept.entry(name).id)
 
 
 def _backbone(entries: tuple[Entry, ...], base: str | None, precision: str, load: Any) -> Backbone:
@@ -115,7 +109,7 @@ def _backbone(entries: tuple[Entry, ...], base: str | None, precision: str, load
     return found
 
 
-def _answer(engine: Engine, ref: str | Mixture | None, stream: IO[bytes], where: str, json: bool) -> None:
+def _answer(engine: Engine, ref: str | Expression | None, stream: IO[bytes], where: str, json: bool) -> None:
     """Answers as the lines come: what has arrived is answered together, so a slow pipe does not wait for a batch."""
     for lines in batches(stream):
         requests = [_request(text, f"{where}, line {n}", ref, json) for n, text in lines]
@@ -146,7 +140,7 @@ def batches(stream: IO[bytes]) -> Iterator[list[tuple[int, bytes]]]:
         yield [(number + 1, rest)]
 
 
-def _request(line: bytes, where: str, ref: str | Mixture | None, json: bool) -> Request:
+def _request(line: bytes, where: str, ref: str | Expression | None, json: bool) -> Request:
     from polytask.inference import Request
 
     try:
@@ -165,7 +159,7 @@ def _request(line: bytes, where: str, ref: str | Mixture | None, json: bool) -> 
     return Request(text, adapter=ref)
 
 
-def _record(text: str, where: str, ref: str | Mixture | None) -> Request:
+def _record(text: str, where: str, ref: str | Expression | None) -> Request:
     """An input written as a JSON object."""
     from polytask.inference import Request
 
@@ -207,6 +201,8 @@ def described(engine: Engine, request: Request, answer: Answer | None) -> dict[s
     output = answer.output
     row["output"] = list(output) if isinstance(output, tuple) else output
     row |= {"probability": answer.probability, "adapter": answer.adapter, "name": answer.name, "routed": answer.routed}
+    if answer.parts:
+        row["parts"] = [described(engine, request, part) for part in answer.parts]
     reader = next((a for a in engine.adapters if a.id == answer.adapter), None)
     if reader is not None and reader.head is not None and reader.head.kind == "tagging":
         row["tokens"] = list(given) if isinstance(given, tuple) else list(split_words(given))
@@ -215,6 +211,8 @@ def described(engine: Engine, request: Request, answer: Answer | None) -> dict[s
 
 def _line(row: dict[str, Any]) -> str:
     """Answer, how sure, by whom, and the input, in columns that a tab separates."""
+    if row["output"] is None and "parts" in row:  # several answers to one input
+        return "\n".join(map(_line, row["parts"]))
     output = show.answer(tuple(row["output"]) if isinstance(row["output"], list) else row["output"], row.get("tokens"))
     given = " ".join(row["input"]) if isinstance(row["input"], list) else row["input"]
     text = given if row["pair"] is None else f"{given}  ⇄  {row['pair']}"

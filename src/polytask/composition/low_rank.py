@@ -62,6 +62,11 @@ def as_lora(base: Backbone, adapter: Adapter, rank: int, *, drop: bool = False) 
         raise PolytaskError(
             f"adapter {adapter.name} ({adapter.id}) belongs to other weights than those of {base.name}; load its own"
         )
+    if adapter.needs:
+        raise UsageError(
+            f"{adapter.name}: it is made of other adapters or stands on some, and its own tensors are not all that it "
+            "does; merge them"
+        )
     active = Active.of(build(adapter.method, adapter.hyperparameters), adapter.tensors)
     maps, rest = differences(base, adapter.name, active)
     norm = {site: _norm(maps[site]) for site in base.sites if site in maps}

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,9 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polytask.adapters.expression import Expression, mix, understood
 from polytask.backbones import load, text
-from polytask.composition import Mixture, mix
-from polytask.composition.mix import read_mixture
 from polytask.errors import PolytaskError, UsageError
 from polytask.evaluation.significance import Difference, bootstrap, bootstrap_metric, mcnemar
 from polytask.inference import Engine
@@ -35,8 +33,8 @@ from polytask.inference.engine import WRITER
 from polytask.inference.generation import stream
 from polytask.inference.writing import Prompt, Sampling
 from polytask.library import Library
-from polytask.methods import build, passes
-from polytask.methods.lifting import Active, Plan
+from polytask.methods import passes
+from polytask.methods.lifting import Plan
 from polytask.methods.passes import Seat, Unit
 from polytask.tasks.resampling import Floats, Resample
 
@@ -49,7 +47,7 @@ try:
 except ModuleNotFoundError as missing:
     raise UsageError("the referee needs lm-eval: pip install 'polytask[lm-eval]'") from missing
 
-Who = str | Mixture | Mapping[str, float] | None  # an adapter by name or id, several with weights, or none
+Who = str | Expression | Mapping[str, float] | None  # an adapter by name or id, several with weights, or none
 Requests = Sequence[Any]  # lm-eval's Instance: its `args` are a context and a continuation, or a text, or ...
 Scored = tuple[Any, list[int], list[int]]  # what the cache knows it by, the context's tokens, the continuation's
 
@@ -101,14 +99,15 @@ class PolytaskLM(api.TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self.engine = engine
         self.tokenizer = backbone.tokenizer
         self.backend = "seq2seq" if backbone.kind == "encoder-decoder" else "causal"
-        self.adapter, self.weights = _weights(engine, adapter)
+        ref = None if adapter is None else _parsed(engine.find, adapter)
+        self.adapter = None if ref is None else str(ref)
+        self.adapters = {} if ref is None else {name: engine.find(name) for name in ref.names()}
         self.max_length: int = max_length or backbone.max_length
         self.max_gen_toks, self.seed = max_gen_toks, seed
         self._prefix, self._device = prefix_token_id, backbone.device
-        kept = {one.id: one for one in engine.adapters}
-        active = [Active.of(build(kept[id].method, kept[id].hyperparameters), kept[id].tensors) for id in self.weights]
-        self._plan = Plan(backbone, active)
-        self._row = torch.tensor(list(self.weights.values()))
+        terms = () if ref is None else engine.reader(ref).terms
+        self._plan = Plan(backbone, [active for _, active in terms])
+        self._row = torch.tensor([weight for weight, _ in terms])
         self._lead = self.tokenizer.decode([self.prefix_token_id])
         # A decoder goes on from its context, so an end token that its tokenizer puts behind every text goes.
         whole, bare = (self.tokenizer("a", add_special_tokens=own)["input_ids"] for own in (True, False))
@@ -150,9 +149,9 @@ class PolytaskLM(api.TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return {
             "backbone": backbone.name,
             "fingerprint": backbone.fingerprint,
-            "precision": str(backbone.dtype).removeprefix("torch."),
+            "precision": backbone.precision,
             "adapter": self.adapter,
-            "weights": self.weights,
+            "adapters": self.adapters,
             "model_num_parameters": backbone.parameters,
         }
 
@@ -408,37 +407,17 @@ def _open(base: str | None, library: str | None, adapter: Who, precision: Any, d
         if kept is None or adapter is None:
             raise UsageError("say which backbone: --model_args base=NAME, or library=DIR,adapter=NAME")
         some = _parsed(kept.entry, adapter)
-        base = kept.entry(some if isinstance(some, str) else some.weights[0][0]).backbone
+        base = kept.entry(next(some.names())).backbone
     if device.startswith("cuda") and not torch.cuda.is_available():
         device = "auto"  # lm-eval's command asks for cuda:0 where its user asks for nothing
     return Engine(load(base, precision=precision, device=device), source=kept)
 
 
-def _parsed(known: Any, adapter: str | Mixture | Mapping[str, float]) -> str | Mixture:
-    """A name that is known (the function raises UsageError where it is not), or a mixture."""
+def _parsed(known: Any, adapter: str | Expression | Mapping[str, float]) -> Expression:
+    """What was asked for; `known` raises UsageError where a name is not."""
     if isinstance(adapter, Mapping):
         return mix(adapter)
-    if isinstance(adapter, Mixture):
-        return adapter
-    try:
-        known(adapter)
-    except UsageError:
-        if not re.search(r"[*+]", adapter):
-            raise
-        return read_mixture(adapter)
-    return adapter
-
-
-def _weights(engine: Engine, adapter: Who) -> tuple[str | None, dict[str, float]]:
-    """The adapter's name, and the weights of what it consists of by id."""
-    if adapter is None:
-        return None, {}
-    ref = _parsed(engine.find, adapter)
-    weights: dict[str, float] = {}
-    for name, weight in ((ref, 1.0),) if isinstance(ref, str) else ref.weights:
-        id = engine.find(name)
-        weights[id] = weights.get(id, 0.0) + weight
-    return str(ref), weights
+    return understood(adapter, known) if isinstance(adapter, str) else adapter
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ class Said:
     probability: float
     written: str
     mass: float | None = None
+    scores: Tensor | None = None
+    """log p of the options, where one was chosen."""
 
 
 def say(
@@ -105,9 +107,9 @@ class Options:
         return float(self.log_p.exp().sum())
 
     def best(self, normalise: str) -> Said:
-        p = self.scores(normalise).softmax(-1)
-        i = int(p.argmax())
-        return Said(self.names[i], float(p[i]), self.names[i], self.mass)
+        log_p = self.scores(normalise).log_softmax(-1)
+        i = int(log_p.argmax())
+        return Said(self.names[i], float(log_p[i].exp()), self.names[i], self.mass, log_p)
 
 
 def weigh(plan: Plan, seats: Sequence[Seat], examples: Sequence[Example]) -> list[Options]:

@@ -10,28 +10,34 @@ import queue
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from polytask.adapters import Adapter, HeadCard, TextCard
+from polytask.adapters.expression import Ensemble, Expression, Mix, Name, Parallel, Pipeline, understood
 from polytask.backbones import Backbone, heads, text
-from polytask.composition import Mixture
+from polytask.composition.compose import Composer, Reader
+from polytask.composition.ensembled import ensembled, refuse_unlike
+from polytask.composition.kept import expression_of
 from polytask.composition.routing.nearest_task import Choice, NearestTask, Profile
 from polytask.errors import PolytaskError, UsageError
 from polytask.inference.answers import Options, say, weigh
 from polytask.inference.generation import generate, stream
 from polytask.inference.writing import Piece, Prompt, Sampling, Written
 from polytask.methods import Method, build, passes
-from polytask.methods.lifting import Active, Plan
+from polytask.methods.lifting import Active, Plan, Terms, planned
 from polytask.methods.passes import Seat, Unit
 from polytask.tasks import Example
 from polytask.tasks.task import Output
 
 PLANS_KEPT = 16
+READERS_KEPT = 4096
+Decode = Callable[[Tensor], tuple[Output, float | None]]
 WRITER = HeadCard(kind="generation", text=TextCard(template="plain"))  # reads answers' tokens; of no task
 
 
@@ -43,14 +49,14 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """An input and who is to answer: an adapter's id or name, a mixture, or None for the router.
+    """An input and who is to answer: an adapter's id or name, an expression, or None for the router.
 
     `options` are what a choice is made from; `sampling` is another rule for an answer that is written.
     """
 
     input: str | tuple[str, ...]
     pair: str | None = None
-    adapter: str | Mixture | None = None
+    adapter: str | Expression | None = None
     options: tuple[str, ...] = ()
     sampling: Sampling | None = None
 
@@ -58,10 +64,10 @@ class Request:
 @dataclass(frozen=True)
 class Ask:
     """A prompt as it stands, or the turns of a conversation (`role`, `content`), and who is to go on from it: an
-    adapter's id or name, a mixture, or None for the backbone alone."""
+    adapter's id or name, an expression, or None for the backbone alone."""
 
     prompt: str | Sequence[Mapping[str, str]]
-    adapter: str | Mixture | None = None
+    adapter: str | Expression | None = None
     sampling: Sampling = field(default_factory=Sampling)
 
 
@@ -77,6 +83,26 @@ class Answer:
     name: str | None = None
     routed: float | None = None
     mass: float | None = None
+    parts: tuple[Answer, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Ask:
+    """An input, and who is to answer in a pass."""
+
+    request: Request
+    reader: Reader
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The answer; and where it was asked for `whole`, the logits of the head or log-probabilities of the options, and
+    what an answer is made of others in their shape by."""
+
+    answer: Answer
+    logits: Tensor | None = None
+    decode: Decode | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +123,10 @@ class Engine:
         self._names: dict[str, str] = {}
         self._routed: set[str] = set()
         self._shapes: dict[tuple[Method, bool], dict[str, torch.Size]] = {}
-        self._plans: OrderedDict[tuple[str, ...], Plan] = OrderedDict()
+        self._plans: OrderedDict[tuple[Active, ...], Plan] = OrderedDict()
+        self._readers: OrderedDict[str, Reader] = OrderedDict()
+        self._numbers: dict[Active, int] = {}
+        self._composer = Composer(lambda ref: self._loaded[self.find(ref)].adapter, lambda a: self._loaded[a.id].active)
         self._lock = threading.RLock()
         for adapter in adapters:
             self.add(adapter)
@@ -122,8 +151,10 @@ class Engine:
             self._loaded.pop(id, None)
             self._routed.discard(id)
             self._names = {name: at for name, at in self._names.items() if at != id}
-            for key in [key for key in self._plans if id in key]:
-                del self._plans[key]
+            self._plans.clear()
+            self._readers.clear()
+            self._numbers.clear()
+            self._composer.forget()
 
     @property
     def adapters(self) -> list[Adapter]:
@@ -199,54 +230,112 @@ class Engine:
                     continue
                 routed[i] = choice
                 requests[i] = replace(requests[i], adapter=ids[choice.index])
-        chosen = [(i, r, r.adapter) for i, r in enumerate(requests) if r.adapter is not None]
-        if not chosen:
-            return [a for a in answers if a is not None]
-        who = {ref: self._weights(ref) for _, _, ref in chosen}
-        order, plan = self._planned([weights for weights, _ in who.values()])
-        seats: dict[str | Mixture, int] = {}
-        made: list[Seat] = []
-        owners: list[str] = []
-        for ref, (weights, reader) in who.items():
-            loaded = self._loaded[reader]
-            if loaded.adapter.head is None:
-                raise UsageError(f"adapter {loaded.adapter.name} has no head; name an adapter whose head is to answer")
-            seats[ref] = len(made)
-            made.append(Seat(loaded.adapter.head, loaded.head, _row(weights, order)))
-            owners.append(loaded.adapter.name)
-        found: dict[int, tuple[Output, float | None, float | None]] = {}
-        read = [(i, request, seats[ref]) for i, request, ref in chosen if not made[seats[ref]].head.text]
-        units: list[Unit] = []
-        for _, request, s in read:
-            room = min(limit, self.backbone.max_length - plan.room(made[s].weights))
-            units += passes.encode(self.backbone, made[s].head, [_example(request, made[s].head, owners[s])], room)
-        for (i, _, _), answer in zip(read, passes.answer(plan, made, units, [s for _, _, s in read]), strict=True):
-            found[i] = (*answer, None)
-        said = [(i, request, seats[ref]) for i, request, ref in chosen if made[seats[ref]].head.text]
-        examples = [_example(request, made[s].head, owners[s]) for _, request, s in said]
-        rules = {n: request.sampling for n, (_, request, _) in enumerate(said) if request.sampling}
-        for (i, _, _), one in zip(said, say(plan, [made[s] for _, _, s in said], examples, rules), strict=True):
-            found[i] = (one.output, one.probability, one.mass)
-        for i, _, ref in chosen:
-            output, probability, mass = found[i]
-            reader = who[ref][1]
-            share = routed[i].probability if i in routed else None
-            answers[i] = Answer(output, probability, reader, self._loaded[reader].adapter.name, share, mass)
+        programs = {i: self._program(self.expression(r.adapter), r) for i, r in enumerate(requests) if r.adapter}
+        asked = {i: next(program) for i, program in programs.items()}
+        while asked:
+            asks = [ask for each in asked.values() for ask in each]
+            found = iter(self._found(asks, limit))
+            ahead: dict[int, list[_Ask]] = {}
+            for i, each in asked.items():
+                try:
+                    ahead[i] = programs[i].send([next(found) for _ in each])
+                except StopIteration as end:
+                    share = routed[i].probability if i in routed else None
+                    answers[i] = replace(end.value, routed=share)
+            asked = ahead
         return [a for a in answers if a is not None]
+
+    def _program(self, expression: Expression, request: Request) -> Generator[list[_Ask], list[_Found], Answer]:
+        """The answer to one request, by asking one thing after another; what all requests ask for is found together."""
+        if isinstance(expression, Pipeline):
+            first = yield from self._program(expression.first, request)
+            cases = dict(expression.cases)
+            then = cases.get(str(first.output), expression.other)
+            if then is None:
+                return first
+            last = yield from self._program(then, request)
+            return replace(last, parts=(first, *(last.parts or (last,))))
+        if isinstance(expression, Parallel):
+            several = yield [_Ask(request, self.reader(part)) for part in expression.parts]
+            return Answer(None, None, None, None, parts=tuple(one.answer for one in several))
+        if isinstance(expression, Ensemble):
+            weights, parts = zip(*(_weighted(part) for part in expression.parts), strict=True)
+            readers = [self.reader(part) for part in parts]
+            heads_ = [self._head(reader) for reader in readers]
+            refuse_unlike(heads_, [self._loaded[reader.head].adapter.name for reader in readers])
+            several = yield [_Ask(request, reader, whole=True) for reader in readers]
+            who = self._loaded[self._composer.head(expression)].adapter
+            z = [one.logits for one in several if one.logits is not None]
+            assert several[0].decode is not None
+            output, probability = several[0].decode(ensembled(heads_[0], z, weights))
+            return Answer(output, probability, who.id, who.name, parts=tuple(one.answer for one in several))
+        [alone] = yield [_Ask(request, self.reader(expression))]
+        return alone.answer
+
+    def _head(self, reader: Reader) -> HeadCard:
+        adapter = self._loaded[reader.head].adapter
+        if adapter.head is None:
+            raise UsageError(f"adapter {adapter.name} has no head; name an adapter whose head is to answer")
+        return adapter.head
+
+    def _found(self, asks: Sequence[_Ask], limit: int) -> list[_Found]:
+        """An answer to each, and its head's logits where it is asked for `whole`, in shared passes."""
+        readers = [*dict.fromkeys(ask.reader for ask in asks)]
+        plan, weights = self._planned([reader.terms for reader in readers])
+        made = [
+            Seat(self._head(reader), self._loaded[reader.head].head, row)
+            for reader, row in zip(readers, weights, strict=True)
+        ]
+        seats = {reader: s for s, reader in enumerate(readers)}
+        which = [seats[ask.reader] for ask in asks]
+        names = [self._loaded[ask.reader.head].adapter.name for ask in asks]
+        examples = [_example(a.request, made[s].head, n) for a, s, n in zip(asks, which, names, strict=True)]
+        found: dict[int, tuple[Output, float | None, float | None]] = {}
+        logits: dict[int, Tensor] = {}
+        decodes: dict[int, Decode] = {}
+
+        read = [n for n, s in enumerate(which) if not made[s].head.text]
+        units: list[Unit] = []
+        for n in read:
+            room = min(limit, self.backbone.max_length - plan.room(made[which[n]].weights))
+            units += passes.encode(self.backbone, made[which[n]].head, [examples[n]], room)
+        if any(asks[n].whole for n in read):
+            z = passes.logits(plan, made, units, [which[n] for n in read])
+            for n, unit, own in zip(read, units, z, strict=True):
+                decodes[n] = partial(passes.decoded, made[which[n]].head, unit)
+                found[n], logits[n] = (*decodes[n](own), None), own
+        else:
+            for n, answer in zip(read, passes.answer(plan, made, units, [which[n] for n in read]), strict=True):
+                found[n] = (*answer, None)
+
+        said = [n for n, s in enumerate(which) if made[s].head.text]
+        rules = {m: rule for m, n in enumerate(said) if (rule := asks[n].request.sampling)}
+        spoken = say(plan, [made[which[n]] for n in said], [examples[n] for n in said], rules)
+        for n, one in zip(said, spoken, strict=True):
+            found[n] = (one.output, one.probability, one.mass)
+            if one.scores is not None:
+                logits[n] = one.scores
+                decodes[n] = partial(_option, text.options(made[which[n]].head, examples[n]))
+        answers = []
+        for n, ask in enumerate(asks):
+            output, probability, mass = found[n]
+            said_by = Answer(output, probability, ask.reader.head, names[n], mass=mass)
+            answers.append(_Found(said_by, logits.get(n), decodes.get(n)))
+        return answers
 
     def weigh(self, requests: Sequence[Request]) -> list[Options]:
         """The likelihood of each request's options, by the adapter that it names."""
         with self._lock, torch.no_grad():
             if any(request.adapter is None for request in requests):
                 raise UsageError("name the adapter that is to weigh the options")
-            who = [self._weights(r.adapter) for r in requests if r.adapter is not None]
-            order, plan = self._planned([weights for weights, _ in who])
+            who = [self.reader(r.adapter) for r in requests if r.adapter is not None]
+            plan, weights = self._planned([reader.terms for reader in who])
             seats, examples = [], []
-            for request, (weights, reader) in zip(requests, who, strict=True):
-                adapter = self._loaded[reader].adapter
+            for request, reader, row in zip(requests, who, weights, strict=True):
+                adapter = self._loaded[reader.head].adapter
                 if adapter.head is None or not adapter.head.text:
                     raise UsageError(f"adapter {adapter.name} does not answer in text, so it weighs no options")
-                seats.append(Seat(adapter.head, {}, _row(weights, order)))
+                seats.append(Seat(adapter.head, {}, row))
                 examples.append(_example(request, adapter.head, adapter.name))
             return weigh(plan, seats, examples)
 
@@ -317,42 +406,49 @@ class Engine:
             )
 
     def _prompts(self, asks: Sequence[Ask]) -> tuple[Plan, list[Prompt]]:
-        who = [{} if ask.adapter is None else self._weights(ask.adapter)[0] for ask in asks]
-        order, plan = self._planned(who)
+        who: list[Terms] = [() if ask.adapter is None else self.reader(ask.adapter).terms for ask in asks]
+        plan, weights = self._planned(who)
         prompts = []
-        for ask, weights in zip(asks, who, strict=True):
+        for ask, row in zip(asks, weights, strict=True):
             ids = text.prompt_ids(self.backbone, self._text(ask), chat=not isinstance(ask.prompt, str))
-            prompts.append(Prompt(ids, _row(weights, order), ask.sampling))
+            prompts.append(Prompt(ids, row, ask.sampling))
         return plan, prompts
 
     def _text(self, ask: Ask) -> str:
         return ask.prompt if isinstance(ask.prompt, str) else text.conversation(self.backbone, ask.prompt)
 
-    def _planned(self, who: Sequence[Mapping[str, float]]) -> tuple[list[str], Plan]:
-        """The ids of all adapters that someone gives a weight, in order, and their plan."""
-        order = sorted({k for weights in who for k in weights})
-        plan = self._plan(tuple(order))
-        for weights in who:
-            plan.allow(_row(weights, order)[None])
-        return order, plan
-
-    def _weights(self, ref: str | Mixture) -> tuple[dict[str, float], str]:
-        """Weights by adapter id, and whose head reads."""
-        if isinstance(ref, str):
-            found = self.find(ref)
-            return {found: 1.0}, found
-        weights: dict[str, float] = {}
-        for name, weight in ref.weights:
-            weights[self.find(name)] = weights.get(self.find(name), 0.0) + weight
-        return weights, self.find(ref.head)
-
-    def _plan(self, ids: tuple[str, ...]) -> Plan:
-        if ids not in self._plans:
-            self._plans[ids] = Plan(self.backbone, [self._loaded[id].active for id in ids])
+    def _planned(self, who: Sequence[Terms]) -> tuple[Plan, Tensor]:
+        """The plan of all that someone asks for, and the weights [n, K] that each gives."""
+        order, weights = planned(who)
+        ranks = [self._numbers.setdefault(active, len(self._numbers)) for active in order]
+        by_rank = sorted(range(len(order)), key=ranks.__getitem__)  # so that one plan serves all orders
+        key, weights = tuple(order[k] for k in by_rank), weights[:, by_rank]
+        if key not in self._plans:
+            self._plans[key] = Plan(self.backbone, key)
             if len(self._plans) > PLANS_KEPT:
                 self._plans.popitem(last=False)
-        self._plans.move_to_end(ids)
-        return self._plans[ids]
+        self._plans.move_to_end(key)
+        self._plans[key].allow(weights)
+        return self._plans[key], weights
+
+    def expression(self, ref: str | Expression) -> Expression:
+        """What a name, an id, or an expression over them asks for, by ids. Raises UsageError where nothing is known of
+        that name, or the text cannot be read."""
+        found = (understood(ref, self.find) if isinstance(ref, str) else ref).named(self.find)
+        while isinstance(found, Name) and (kept := expression_of(self._loaded[found.name].adapter)):
+            found = kept.named(self.find)
+        return found
+
+    def reader(self, ref: str | Expression) -> Reader:
+        """Whose head reads, and the adapters with weights that rows have, for an expression that is run in a pass."""
+        expression = self.expression(ref)
+        key = str(expression)
+        if key not in self._readers:
+            self._readers[key] = self._composer.read(expression)
+            if len(self._readers) > READERS_KEPT:
+                self._readers.popitem(last=False)
+        self._readers.move_to_end(key)
+        return self._readers[key]
 
     def _pairs(self, id: str) -> bool:
         head = self._loaded[id].adapter.head
@@ -370,8 +466,20 @@ class Engine:
         return passes.embed(self.backbone, texts, limit)
 
 
-def _row(weights: Mapping[str, float], order: Sequence[str]) -> Tensor:
-    return torch.tensor([weights.get(k, 0.0) for k in order])
+def _option(names: Sequence[str], log_p: Tensor) -> tuple[Output, float | None]:
+    """The most probable option."""
+    p = log_p.softmax(-1)
+    return names[int(p.argmax())], float(p.max())
+
+
+def _weighted(part: Expression) -> tuple[float, Expression]:
+    """A part of an ensemble, and how much it counts."""
+    if isinstance(part, Mix) and len(part.terms) == 1:
+        weight, inner = part.terms[0]
+        if weight <= 0:
+            raise UsageError(f"ensemble: {part} counts {weight:g}; a weight above 0 is needed")
+        return weight, inner
+    return 1.0, part
 
 
 def _example(request: Request, head: HeadCard, owner: str) -> Example:

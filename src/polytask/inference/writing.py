@@ -148,7 +148,7 @@ class Writer:
             acting.mix = Mix(self.weights[owners])
             wide, _ = self.plan.widen(acting, batch, self.weights[owners])
             found = read(self.backbone, wide)
-            acting.places = None
+            acting.read()
             frame.join(found)
             states.append(found.hidden)
             order += members

@@ -159,9 +159,14 @@ class Library:
         return self.entry(entry.id)
 
     def remove(self, ref: str) -> str:
-        """Put an adapter in the trash; its id. A name means its newest version, and then the one before is found."""
+        """Put an adapter in the trash; its id. A name means its newest version, and then the one before is found.
+
+        Raises:
+            UsageError: nothing has this name, or another adapter is made of it or stands on it.
+        """
         with self._index.write() as connection:
             entry = self._resolve(ref, removed=False)
+            self._spared(connection, entry.id)
             self._folders.move(self._folders.live(entry.id), self._folders.trash(entry.id))
             self._index.mark(connection, entry.id, removed=True)
         return entry.id
@@ -180,7 +185,8 @@ class Library:
         `forgotten.jsonl` gets a line with the id, the time, the SHA-256 of its tensors' file and the reason.
 
         Raises:
-            UsageError: nothing has this name; a name with several versions is refused, so that none stays by mistake.
+            UsageError: nothing has this name, or another adapter is made of it or stands on it; a name with several
+                versions is refused, so that none stays by mistake.
         """
         with self._index.read() as connection:
             found = self._index.find(connection, ref, removed=None)
@@ -189,10 +195,22 @@ class Library:
         identity = found[0].id if found else ref
         if not found and ref not in self._folders.standing():
             raise UsageError(f"{shown(ref)}: no such adapter in {self.location}")
-        with self._index.write():
+        with self._index.write() as connection:
+            self._spared(connection, identity)
             forgetting.begin(self._folders, identity, reason)
         forgetting.finish(self._folders, self._index)
         return identity
+
+    def _spared(self, connection: Any, identity: str) -> None:
+        """Raise UsageError where an adapter that is not in the trash cannot run without this one."""
+        for child in self._index.children_of(connection, identity):
+            folder = self._folders.live(child)
+            if (folder / DESCRIPTION).exists() and identity in self._folders.load(folder).needs:
+                entry = self._index.find(connection, child, removed=False)[0]
+                raise UsageError(
+                    f"{identity}: {entry.name}@{entry.version} ({child}) is made of it or stands on it; remove that "
+                    "first"
+                )
 
     def forgotten(self) -> tuple[dict[str, str], ...]:
         """The ledger of what was forgotten: id, when, sha256 and reason of each, oldest first."""

@@ -32,6 +32,8 @@ from polytask.methods.method import Method, Params, method
 class Bottleneck(Method):
     """reduction: d / m, the width of the sublayer's output over the width of the bottleneck."""
 
+    rows = ("D", "b_D")
+
     reduction: int = 16
     sites: tuple[str, ...] = ("*.attn.o", "*.mlp.down")
 
@@ -41,9 +43,15 @@ class Bottleneck(Method):
         D = nn.init.trunc_normal_(torch.empty(m, d), std=0.01, a=-0.02, b=0.02, generator=generator)
         return {"D": D, "b_D": torch.zeros(m), "U": torch.zeros(d, m), "b_U": torch.zeros(d)}
 
+    def down(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
+        return F.gelu(y @ p["D"].T + p["b_D"])
+
+    def up(self, p: Params) -> tuple[Tensor, Tensor]:
+        return p["U"].T, p["b_U"]
+
     def delta(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
-        D, b_D, U, b_U = p["D"], p["b_D"], p["U"], p["b_U"]
-        return F.gelu(y @ D.T + b_D) @ U.T + b_U
+        U, b_U = self.up(p)
+        return self.down(p, x, y) @ U + b_U
 
 
 @method(
@@ -58,6 +66,5 @@ class Pfeiffer(Bottleneck):
     reduction: int = 16
     sites: tuple[str, ...] = ("*.sum",)
 
-    def delta(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
-        D, b_D, U, b_U = p["D"], p["b_D"], p["U"], p["b_U"]
-        return F.relu(x @ D.T + b_D) @ U.T + b_U
+    def down(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
+        return F.relu(x @ p["D"].T + p["b_D"])

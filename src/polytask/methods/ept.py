@@ -28,6 +28,7 @@ from polytask.methods.method import Method, Params, method
 class EPT(Method):
     """s: virtual tokens. n: tokens of the text that are changed. rank: ρ. spaces: K."""
 
+    elsewhere = True
     reads_weights = True
 
     s: int = 10

@@ -32,6 +32,7 @@ class KaSA(Method):
     """r: rank, and how many singular values are left out. alpha: scale's numerator. beta, gamma: of the penalties.
     dropout: on x."""
 
+    elsewhere = True
     reads_weights = True
     fixed = frozenset(("U", "V"))
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -35,20 +35,26 @@ from torch.nn import functional as F
 from polytask.backbones import Backbone, Batch, Site
 from polytask.backbones.frame import unembed
 from polytask.errors import PolytaskError, UsageError
-from polytask.methods.method import Method, Params
+from polytask.methods.composed import Bound, Composed, Seen, Source
+from polytask.methods.method import AFTER, Method, Params
 
 GATHER_LIMIT = 1 << 16  # numbers per adapter and site above which tensors are not copied per row
 
 
 @dataclass(frozen=True, eq=False)
 class Active:
-    """A method and an adapter's tensors, ready to run: `at` maps a site's name to its parameters."""
+    """A method and an adapter's tensors, ready to run: `at` maps a site's name to its parameters. `sources` are the
+    adapters that a composed method is made of. What is `still` is not trained, whatever else of a plan is."""
 
     method: Method
     at: Mapping[str, Params]
+    sources: tuple[Active, ...] = ()
+    still: bool = False
 
     @classmethod
-    def of(cls, method: Method, tensors: Mapping[str, Tensor]) -> Active:
+    def of(
+        cls, method: Method, tensors: Mapping[str, Tensor], sources: Sequence[Active] = (), *, still: bool = False
+    ) -> Active:
         """From tensors named `<site>/<parameter>`; those of the head and the task's profile are left out, and those
         under `shared` are every site's."""
         at: dict[str, Params] = {}
@@ -57,10 +63,40 @@ class Active:
             if site not in ("head", "task"):
                 at.setdefault(site, {})[parameter] = tensor
         shared = at.pop("shared", {})
-        return cls(method, {site: shared | params for site, params in at.items()})
+        places = dict.fromkeys([*at, *(site for source in sources for site in source.at)])
+        return cls(method, {site: shared | at.get(site, {}) for site in places}, tuple(sources), still)
+
+    def equation(self, site: str, seen: Seen | None, *, training: bool = False) -> tuple[Method, Params]:
+        """The method and tensors at one site; a composed one's with those of its sources, and what the site reads of
+        its value."""
+        training = training and not self.still
+        if not isinstance(self.method, Composed):
+            return self.method, self.at[site]
+        found = {n: s.equation(site, seen, training=training) for n, s in enumerate(self.sources) if site in s.at}
+        own = replace(self.method, over=(), sites=())  # so that those of the same equation share a call
+        live = {n: training and not self.sources[n].still for n in found}
+        inner = tuple(Source(n, method, live[n]) for n, (method, _) in found.items())
+        params = Bound.joined(self.at[site], {n: p for n, (_, p) in found.items()})
+        return Bound(outer=own, sources=inner, seen=seen), params
 
     def on(self, device: torch.device) -> Active:
-        return Active(self.method, {at: {name: t.to(device) for name, t in p.items()} for at, p in self.at.items()})
+        at = {site: {name: t.to(device) for name, t in p.items()} for site, p in self.at.items()}
+        return replace(self, at=at, sources=tuple(source.on(device) for source in self.sources))
+
+
+Terms = tuple[tuple[float, Active], ...]
+"""What a row asks for: adapters with weights."""
+
+
+def planned(who: Sequence[Terms]) -> tuple[list[Active], Tensor]:
+    """Every adapter that someone asks for, once, and the weights [n, K] that each gives them."""
+    order = [*dict.fromkeys(active for terms in who for _, active in terms)]
+    number = {active: k for k, active in enumerate(order)}
+    weights = torch.zeros(len(who), len(order))
+    for row, terms in enumerate(who):
+        for weight, active in terms:
+            weights[row, number[active]] += weight
+    return order, weights
 
 
 class Plan:
@@ -79,23 +115,27 @@ class Plan:
         self.opaque = [k for k, a in enumerate(self.adapters) if a.method.opaque]
         alone = {*self.swapping, *self.opaque}
         self.apart = [k for k, a in enumerate(self.adapters) if k in alone or not rowless.isdisjoint(a.at)]
+        self.positional = any(a.method.opaque and a.method.positional for a in self.adapters)
         self.slots = torch.tensor([a.method.slots for a in self.adapters], device=backbone.device)
         self.groups: dict[str, list[Group]] = {}
         for k, adapter in enumerate(self.adapters):
             if k in alone:
                 continue
-            for site, params in adapter.at.items():
+            for site in adapter.at:
                 if site not in backbone.sites:
                     raise PolytaskError(
                         f"{backbone.name} has no site {site!r}, where a {adapter.method.name} has tensors"
                     )
+                live = training and not adapter.still
+                method, params = adapter.equation(site, _seen(backbone, site), training=live)
                 groups = self.groups.setdefault(site, [])
                 for group in groups:
-                    if group.takes(adapter.method, params):
-                        group.add(k, adapter.method, params)
+                    if group.training == live and group.takes(method, params):
+                        group.add(k, method, params)
                         break
                 else:
-                    groups.append(Group(k, adapter.method, params, self.backbone, site, training=training))
+                    groups.append(Group(k, method, params, self.backbone, site, training=live))
+                    self.positional = self.positional or method.positional
 
     def hidden(self, batch: Batch, weights: Tensor | None = None, *, causal: bool | str = True) -> Tensor:
         """Last hidden states [R, T, d]. `weights` [R, K] fp32; None gives every row the first adapter, if any.
@@ -208,18 +248,26 @@ class Plan:
         have."""
         wide, where = self.widen(acting, batch, weights)
         hidden = self.backbone.hidden(wide, causal=causal)
-        acting.places = None
+        acting.read()
         if where is None or batch.written is not None:
             return hidden
         return hidden.gather(1, where[:, :, None].expand(-1, -1, hidden.shape[-1]))
 
     def widen(self, acting: Acting, batch: Batch, weights: Tensor) -> tuple[Batch, Tensor | None]:
-        """The batch with room for virtual tokens before its sequences, and its old columns' new places [R, T]; until
-        `acting.places` is None again, methods of the tokens place act. Where no row has any, all stays as it is."""
+        """The batch with room for virtual tokens before its sequences, and its old columns' new places [R, T]. Where no
+        row has any, all stays as it is. Methods of the tokens place act, and those that are positional at a prompt's
+        tokens, until `acting.read` says that it has been read."""
         n = (self.slots * (weights != 0)).amax(1) if len(self.slots) else torch.zeros(1)
+        acting.standing = batch.standing if self.positional else None
         if not bool(n.any()):
             return batch, None
         wide, where, acting.places = self.backbone.widened(batch, n)
+        if acting.standing is not None:
+            row, column = batch.mask.nonzero(as_tuple=True)
+            moved = [torch.full_like(acting.places, -1) for _ in acting.standing]
+            for new, old in zip(moved, acting.standing, strict=True):
+                new[row, where[row, column]] = old[row, column]
+            acting.standing = (moved[0], moved[1])
         return wide, where
 
     @contextlib.contextmanager
@@ -250,7 +298,7 @@ class Change:
 
     def __init__(self, plan: Plan, site: Site, groups: list[Group], acting: Acting) -> None:
         self.site, self.groups, self.acting = site, groups, acting
-        self.training, self.rowless = plan.training, plan.backbone.rowless
+        self.rowless = plan.backbone.rowless
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """y + Σ w Δ for x [R, T, reads] and y [R, T, width]."""
@@ -264,8 +312,12 @@ class Change:
             mix = mix.shared
         if len(self.groups) == 1:
             return self._mixed(self.groups[0], x, y, mix)
-        # Each Δ is computed from the same y, so that the order of the adapters does not matter.
-        return y + sum(self._mixed(group, x, y, mix) - y for group in self.groups)
+        # Each Δ is computed from the same y, so that the order of the adapters does not matter. What stands in the
+        # places of virtual tokens is put there when all others have acted: it is no value that they were made for.
+        for placing in (False, True):
+            groups = [group for group in self.groups if bool(group.methods[0].slots) == placing]
+            y = y + sum(self._mixed(group, x, y, mix) - y for group in groups) if groups else y
+        return y
 
     def low_rank(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """A [ρ, reads], B [width, ρ] and m [R, 1, ρ] (None for ones) with Σ w Δ = B (m ∘ A x), where a method that says
@@ -284,9 +336,19 @@ class Change:
             if places is None or places.shape != y.shape[:2]:  # DeBERTa's relative positions: see `Backbone.rowless`
                 return y
             x = places
-        elif self.training and method.dropout:
+        elif group.training and method.dropout:
             x = F.dropout(x, method.dropout)
-        return method.mix(group, x, y, columns) if method.mix else lifted(group, x, y, columns)
+        if method.mix:
+            return method.mix(group, x, y, columns)
+        return lifted(group, x, y, columns, self._standing(y) if method.positional else {})
+
+    def _standing(self, y: Tensor) -> Params:
+        """`at` and `left` of each token [R, T]: see `Method.positional`."""
+        standing = self.acting.standing
+        if standing is None or standing[0].shape != y.shape[:2]:  # a token that is written
+            none = torch.full(y.shape[:2], -1, device=y.device)
+            return {"at": torch.full_like(none, AFTER), "left": none}
+        return {"at": standing[0], "left": standing[1]}
 
 
 class Group:
@@ -299,7 +361,7 @@ class Group:
         self.methods = [method]
         self._params = [params]
         self._backbone = backbone
-        self._training = training
+        self.training = training
         self._frozen = method.frozen(backbone, backbone.sites[site])
         self.joined: dict[str, Any] = {}  # what a method's own `mix` keeps from pass to pass
 
@@ -318,7 +380,7 @@ class Group:
         if self.methods[0].precise:
             dtype = torch.float32
         moved = [{name: t.to(device) for name, t in p.items()} for p in self._params]
-        if self._training:
+        if self.training:
             moved = [m.sampled(p) for m, p in zip(self.methods, moved, strict=True)]
         ready = [m.ready(p, self._frozen) for m, p in zip(self.methods, moved, strict=True)]
         return [{name: t.to(dtype) for name, t in p.items()} for p in ready]
@@ -337,7 +399,13 @@ class Acting:
     mix: Mix
     places: Tensor | None = None
     """What stands where [R, T] in a pass with virtual tokens; see `Backbone.widened`."""
+    standing: tuple[Tensor, Tensor] | None = None
+    """Where each token stands in its prompt, for methods that are positional; see `Batch.standing`."""
     changes: dict[str, Change] | None = field(default_factory=dict)
+
+    def read(self) -> None:
+        """A batch has been read: what comes now are tokens of answers."""
+        self.places = self.standing = None
 
 
 class Mix:
@@ -379,27 +447,40 @@ class Columns:
         return self._kept[key]
 
 
-def lifted(group: Group, x: Tensor, y: Tensor, c: Columns) -> Tensor:
-    """y + Σ w Δ for one group: the generic path, for any method. x [R, T, reads], y [R, T, width]."""
+def lifted(group: Group, x: Tensor, y: Tensor, c: Columns, each: Mapping[str, Tensor] | None = None) -> Tensor:
+    """y + Σ w Δ for one group: the generic path, for any method. x [R, T, reads], y [R, T, width]; `each` has what the
+    method gets of each token [R, T]."""
+    each = each or {}
     method = group.methods[0]
     params = group.params
     if c.whole and len(c.used) == 1:
-        Δ = method.delta(params[c.used[0]], x.flatten(0, 1), y.flatten(0, 1)).reshape(y.shape)
+        p = params[c.used[0]] | {name: t.flatten() for name, t in each.items()}
+        Δ = method.delta(p, x.flatten(0, 1), y.flatten(0, 1)).reshape(y.shape)
         return y + (Δ if c.plain else Δ * c.scale[:, None, None].to(Δ.dtype))
     if sum(t.numel() for t in params[0].values()) > GATHER_LIMIT:
         out = y
         for g in c.used:
             mine = c.which == g
             rows = c.rows[mine]
-            Δ = method.delta(params[g], x[rows].flatten(0, 1), y[rows].flatten(0, 1)).reshape(-1, *y.shape[1:])
+            p = params[g] | {name: t[rows].flatten() for name, t in each.items()}
+            Δ = method.delta(p, x[rows].flatten(0, 1), y[rows].flatten(0, 1)).reshape(-1, *y.shape[1:])
             out = out.index_add(0, rows, Δ * c.scale[mine][:, None, None].to(Δ.dtype))
         return out
     gathered = {name: torch.stack([p[name] for p in params])[c.which] for name in params[0]}
+    gathered |= {name: t[c.rows] for name, t in each.items()}
     seen_x, seen_y = (x, y) if c.whole else (x[c.rows], y[c.rows])
-    Δ = torch.func.vmap(method.delta)(gathered, seen_x, seen_y)
+    Δ = torch.func.vmap(method.delta, randomness="different")(gathered, seen_x, seen_y)
     if not c.plain:
         Δ = Δ * c.scale[:, None, None].to(Δ.dtype)
     return y + Δ if c.whole else y.index_add(0, c.rows, Δ)
+
+
+def _seen(backbone: Backbone, name: str) -> Seen | None:
+    """What a site reads of its own value: see `_after` and `_before`."""
+    site = backbone.sites[name]
+    if site.point in ("output", "across"):
+        return None
+    return Seen(backbone.model.get_submodule(site.path) if site.point == "sum" else None)
 
 
 def _after(site: Site, change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:

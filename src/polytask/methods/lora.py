@@ -34,6 +34,8 @@ WIDE = 128  # summed rank up to which one wide LoRA with a weight per row and ra
 class LoRA(Method):
     """r: rank. alpha: scale's numerator. dropout: on x, in this branch only. rslora: divide by √r instead of r."""
 
+    rows = ("A",)
+
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
@@ -52,6 +54,12 @@ class LoRA(Method):
     def delta(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
         A, B = p["A"], p["B"]
         return self.s * (x @ A.T) @ B.T
+
+    def down(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
+        return x @ p["A"].T
+
+    def up(self, p: Params) -> tuple[Tensor, None]:
+        return self.s * p["B"].T, None
 
     def expects(self, made: Mapping[str, torch.Size], given: Mapping[str, Tensor]) -> Mapping[str, torch.Size]:
         """A site may have a rank of its own below r, as one that was cut to it has; the scale is that of r."""

@@ -19,6 +19,7 @@ from polytask.errors import UsageError
 
 Place = Literal["weights", "activations", "tokens", "logits"]
 Params = dict[str, Tensor]
+AFTER = 1 << 30  # where tokens of an answer stand in their prompt
 
 
 class Method:
@@ -42,6 +43,15 @@ class Method:
     paper: ClassVar[str] = ""
     swaps: ClassVar[bool] = False
     opaque: ClassVar[bool] = False
+    positional: ClassVar[bool] = False
+    """Whether `delta` gets among its tensors where each token stands: `at` [T] int64, its number in its text, and
+    `left` [T], how many of the text come after it. A prompt's tokens count, not those of the answer, which have `at`
+    of AFTER and −1 left; padding has −1 of both."""
+    composed: ClassVar[bool] = False
+    """Whether its terms are other adapters' changes: see `composed`."""
+    elsewhere: ClassVar[bool] = False
+    """Whether training starts so far from the backbone that a score of the backbone alone, or with a head fitted on its
+    features, is not the start's."""
     precise: ClassVar[bool] = False
     reads_weights: ClassVar[bool] = False
     fixed: ClassVar[frozenset[str]] = frozenset()
@@ -56,6 +66,10 @@ class Method:
     """A hand-tuned path beside the generic one: mix(self, group, x, y, columns) -> y + Σ w Δ; see `lifting`."""
     low_rank: ClassVar[Callable[..., tuple[Tensor, Tensor, Tensor | None] | None] | None] = None
     """low_rank(self, group, columns): Σ w Δ as three tensors, where it is B (m ∘ A x); see `lifting.Change`."""
+
+    rows: ClassVar[tuple[str, ...]] = ()
+    """The tensors that `down` reads, of a method that is Δ = down(p, x, y) U + c. Adapters whose rows are joined are
+    one wide `down`, so it may read no hyperparameter; see `composed.Wide`."""
 
     @property
     def slots(self) -> int:
@@ -81,6 +95,14 @@ class Method:
 
     def delta(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
         """Δ [T, width] for one row, from this site's tensors `p`, what the site reads x [T, reads], its value y."""
+        raise NotImplementedError(type(self).__name__)
+
+    def down(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
+        """h [T, m], of a method with `rows`."""
+        raise NotImplementedError(type(self).__name__)
+
+    def up(self, p: Params) -> tuple[Tensor, Tensor | None]:
+        """U [m, width] and c [width], if any, of a method with `rows`."""
         raise NotImplementedError(type(self).__name__)
 
     def inside(
@@ -177,6 +199,8 @@ def _boolean(method: str, name: str, value: Any) -> bool:
 
 
 METHODS: dict[str, type[Method]] = {}
+COMPOSED: dict[str, type[Method]] = {}
+"""Those over other adapters, which `polytask.composition` enters."""
 
 
 def method(name: str, *, place: Place, equation: str, paper: str) -> Callable[[type[Any]], type[Any]]:
@@ -185,7 +209,7 @@ def method(name: str, *, place: Place, equation: str, paper: str) -> Callable[[t
     def enter(cls: type[Any]) -> type[Any]:
         cls.name, cls.place, cls.equation, cls.paper = name, place, equation, paper
         cls = dataclasses.dataclass(frozen=True)(cls)
-        METHODS[name] = cls
+        (COMPOSED if cls.composed else METHODS)[name] = cls
         return cls
 
     return enter
@@ -202,6 +226,8 @@ def methods() -> dict[str, type[Method]]:
 
 def build(name: str, hyperparameters: Mapping[str, Any] | None = None) -> Method:
     """The method of that name; UsageError where there is none."""
+    if name in COMPOSED:
+        return COMPOSED[name].of(hyperparameters or {})
     if name not in METHODS and name not in methods():
         raise UsageError(f"no method {name!r}; the methods are {', '.join(methods())}")
     return METHODS[name].of(hyperparameters or {})

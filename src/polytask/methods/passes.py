@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,7 @@ from polytask.adapters import HeadCard
 from polytask.backbones import Backbone, Batch, heads, text
 from polytask.backbones.backbone import padded
 from polytask.backbones.frame import start_token
-from polytask.methods.lifting import Active, Plan
+from polytask.methods.lifting import Plan, Terms, planned
 from polytask.tasks import Example
 from polytask.tasks.task import Output
 
@@ -68,18 +69,25 @@ def encode(backbone: Backbone, head: HeadCard, examples: Sequence[Example], limi
     if head.kind == "tagging":
         ids, starts = backbone.tokenize_words([e.input for e in examples], limit)
         return [Unit((row,), first) for row, first in zip(ids, starts, strict=True)]
-    texts = [e.input if isinstance(e.input, str) else " ".join(e.input) for e in examples]
+    texts = [_spelt(head, e.input if isinstance(e.input, str) else " ".join(e.input)) for e in examples]
+    seconds = [_spelt(head, e.pair or "") for e in examples]
     if head.masks:
-        pairs = None if head.pair == "none" else [e.pair or "" for e in examples]
+        pairs = None if head.pair == "none" else seconds
         masked = zip(*backbone.tokenize_masked(texts, pairs, head.masks, limit), strict=True)
         return [Unit((row,), at) for row, at in masked]
     if head.pair == "none":
         return [Unit((row,)) for row in backbone.tokenize(texts, limit=limit)]
-    seconds = [e.pair or "" for e in examples]
     if head.pair == "joint":
         return [Unit((row,)) for row in backbone.tokenize(texts, seconds, limit)]
     both = zip(backbone.tokenize(texts, limit=limit), backbone.tokenize(seconds, limit=limit), strict=True)
     return [Unit((u, v)) for u, v in both]
+
+
+def _spelt(head: HeadCard, said: str) -> str:
+    """A text with spaces around each character of the head's alphabet."""
+    if head.alphabet is None:
+        return said
+    return " ".join(re.sub(f"[{re.escape(head.alphabet)}]", r" \g<0> ", said).split())
 
 
 def wrong(backbone: Backbone, head: HeadCard, examples: Sequence[Example]) -> list[list[Unit]]:
@@ -267,6 +275,13 @@ def _answers(
     if units[0].states:
         joined = [torch.cat([state for i in row for state in units[i].states or ()]) for row in rows]
         batch = replace(batch, start=start, states=_stacked(joined, batch))
+    if plan.positional and backbone.kind == "decoder":
+        asked = torch.zeros_like(batch.mask, device="cpu")
+        for r, row in enumerate(rows):
+            ends = itertools.accumulate((len(units[i].ids[0]) for i in row), initial=0)
+            for i, begin in zip(row, ends, strict=False):
+                asked[r, begin : begin + units[i].at[0] + 1] = True
+        batch = replace(batch, asked=asked.to(backbone.device))
     none = torch.zeros(len(plan.adapters))
     weights = torch.stack([none if (w := seats[which[row[0]]].weights) is None else w for row in rows])
     begins: dict[int, tuple[int, int]] = {}
@@ -301,18 +316,18 @@ def features(
     units: Sequence[Unit],
     q: Tensor | None = None,
     *,
-    adapter: Active | None = None,
+    terms: Terms = (),
     start: int = 0,
 ) -> list[Tensor]:
-    """What a head reads of the backbone alone, or with an adapter: φ [width] of each unit, [words, d] of each tagged
+    """What a head reads of the backbone alone, or with adapters: φ [width] of each unit, [words, d] of each tagged
     one, [masks, d] of one with mask tokens, [T, d] of one whose tokens labels attend to. `start` is the block at which
     cached states enter."""
     p: dict[str, Tensor] = {}
     if q is not None:  # read by the pooling, so that there has to be a W that leaves φ as it is
         d = heads.width(head, backbone.hidden_size)
         p = {"W": torch.eye(d, device=backbone.device), "b": torch.zeros(d, device=backbone.device), "q": q}
-    plan = Plan(backbone, [] if adapter is None else [adapter])
-    seat = Seat(head, p, None if adapter is None else torch.ones(1))
+    order, weights = planned([terms])
+    plan, seat = Plan(backbone, order), Seat(head, p, weights[0])
     found: list[Tensor] = [torch.empty(0)] * len(units)
     for pack in packs(units):
         for _, members, φ in forward(plan, [seat], [units[i] for i in pack], [0] * len(pack), start):
@@ -343,6 +358,32 @@ def logprobs(
             for j, part in zip(members, torch.split(log_p, [len(target) for target in targets]), strict=True):
                 found[pack[j]] = part
     return found
+
+
+@torch.no_grad()
+def logits(
+    plan: Plan, seats: Sequence[Seat], units: Sequence[Unit], which: Sequence[int], budget: int = TOKENS_A_PASS
+) -> list[Tensor]:
+    """What each unit's head makes of it: logits [C], or [words, C] where it is tagged; fp32, on the CPU."""
+    found: list[Tensor] = [torch.empty(0)] * len(units)
+    for pack in schedule(seats, units, which, budget, packable=plan.backbone.packable):
+        for s, members, z in forward(plan, seats, [units[i] for i in pack], [which[i] for i in pack]):
+            words = [len(units[pack[j]].at) for j in members]
+            parts = torch.split(z, words) if seats[s].head.reads == "words" else z.unbind()
+            for j, part in zip(members, parts, strict=True):
+                found[pack[j]] = part.float().cpu()
+    return found
+
+
+def decoded(head: HeadCard, unit: Unit, z: Tensor) -> tuple[Output, float | None]:
+    """A unit's answer with its probability, from its `logits`."""
+    if head.reads == "sequence":
+        [output], [sure] = heads.decode(head, z[None])
+        return output, sure
+    tags, each = heads.decode(head, z)
+    said = iter(tags)
+    whole = tuple(str(next(said)) if at >= 0 else head.targets[0] for at in unit.starts or ())
+    return whole, min((p for p in each if p is not None), default=None)
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from polytask.backbones import Backbone, Batch
 from polytask.backbones.families import match
+from polytask.backbones.quantised import whole
 from polytask.errors import PolytaskError, UsageError
 from polytask.methods.method import Method, Params, method
 
@@ -167,7 +168,8 @@ class _Layers:
         paths = {id(module): path for path, module in base.named_modules()}
         copies: dict[int, Any] = {}
         for t in (*base.parameters(), *base.buffers()):
-            data = t.detach().cpu().clone() if checked else t.detach()
+            data = whole(t.detach())
+            data = data.cpu().clone() if checked else data
             copies[id(t)] = nn.Parameter(data, requires_grad=False) if isinstance(t, nn.Parameter) else data
         twin = copy.deepcopy(base, copies)
         pairs = [(twin.get_submodule(path), base.get_submodule(path)) for path in paths.values()]
@@ -182,7 +184,7 @@ class _Layers:
         for copied, module in pairs if checked else ():
             for name, θ in module.named_parameters(recurse=False):
                 now = copied._parameters.get(name)
-                if now is None or not torch.equal(now, θ.cpu()):
+                if now is None or not torch.equal(now, whole(θ).cpu()):
                     raise UsageError(
                         f"peft {method.type}: its start changes the frozen {paths[id(module)]}.{name}, which all "
                         "adapters share; choose another init"

@@ -28,6 +28,8 @@ from polytask.methods.prompt import placed
 class Prefix(Method):
     """n: keys and values before the text."""
 
+    elsewhere = True
+
     n: int = 10
     sites: tuple[str, ...] = ("*.attn.k", "*.attn.v")
 

@@ -20,6 +20,7 @@ from polytask.methods.method import Method, Params, method
 class Prompt(Method):
     """n: virtual tokens."""
 
+    elsewhere = True
     reads_weights = True
 
     n: int = 20

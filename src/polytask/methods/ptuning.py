@@ -24,6 +24,8 @@ from polytask.methods.prompt import placed
 class PTuning(Method):
     """n: virtual tokens. hidden: width of the network (0: that of the model)."""
 
+    elsewhere = True
+
     n: int = 20
     hidden: int = 0
     sites: tuple[str, ...] = ("tokens",)

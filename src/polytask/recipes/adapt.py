@@ -17,12 +17,20 @@ import torch
 
 import polytask
 from polytask.adapters import Adapter, Card, HeadCard, Lineage, ScoreCard
+from polytask.adapters.expression import Name
 from polytask.backbones import Backbone
+from polytask.backbones.quantised import QUANTISED
+from polytask.composition.compose import Composer, sites, source
 from polytask.composition.routing.nearest_task import Profile
 from polytask.errors import PolytaskError, UsageError
 from polytask.inference import Answer, Engine, Request
 from polytask.inference.answers import choose_normalisation
+from polytask.inference.engine import Source
 from polytask.methods import build, passes, selectors
+from polytask.methods.composed import Composed
+from polytask.methods.lifting import Active, Terms
+from polytask.methods.method import COMPOSED
+from polytask.methods.reprogram import Reprogram
 from polytask.recipes.race import Candidate, Won, candidates, race
 from polytask.recipes.reading import Reading
 from polytask.tasks import Example, Task
@@ -38,10 +46,22 @@ PROFILED = 2000  # training inputs that a task's mean embedding is taken over
 
 
 @dataclass(frozen=True)
+class _Others:
+    """What a plan's adapter is made of or stands on, as an engine gets it."""
+
+    plan: Plan
+
+    def get(self, ref: str) -> Adapter:
+        return self.plan.composer().get(ref)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What to do with one task: a method by name (or `auto`, `race`), with a selector as in `full@lottery`, the
     hyperparameters of both (`select.share`), how to train, and how the answer is read. `begin` is an adapter whose
-    tensors training begins with, by its method and hyperparameters where the method is `auto`."""
+    tensors training begins with, by its method and hyperparameters where the method is `auto`. `above` are adapters,
+    lowest first, that act below it in training and ever after, and stay as they are; `over` are what a composed method
+    is made of; `library` gives whatever these are made of in turn."""
 
     task: Task
     method: str = "auto"
@@ -49,6 +69,25 @@ class Plan:
     settings: Settings = field(default_factory=Settings)
     reading: Reading = field(default_factory=Reading)
     begin: Adapter | None = None
+    above: Sequence[Adapter] = ()
+    over: Sequence[Adapter] = ()
+    library: Source | None = None
+
+    def composer(self) -> Composer:
+        """Makes the adapters beside it ready to run, still."""
+        known = {one.id: one for one in (*self.above, *self.over)}
+
+        def get(ref: str) -> Adapter:
+            if ref in known:
+                return known[ref]
+            if self.library is None:
+                raise UsageError(f"adapter {ref}, which another is made of, is not here: give the library that has it")
+            return self.library.get(ref)
+
+        def active(adapter: Adapter) -> Active:
+            return Active.of(build(adapter.method, adapter.hyperparameters), adapter.tensors, still=True)
+
+        return Composer(get, active)
 
 
 def adapt(
@@ -60,16 +99,22 @@ def adapt(
     settings: Settings | None = None,
     reading: Reading | None = None,
     begin: Adapter | None = None,
+    above: Sequence[Adapter] = (),
+    over: Sequence[Adapter] = (),
+    library: Source | None = None,
     folder: Path | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> Adapter:
     """Teach a task to a frozen backbone; the adapter's card says what was done and how well it does.
 
     `method` is a name of `polytask methods`, one with a selector as in `full@lottery`, `auto` or `race`. `folder` keeps
-    checkpoints, and training goes on from the one it finds there. Raises UsageError for a task that this backbone
-    cannot answer or an unknown method, PolytaskError where the data cannot be learned from.
+    checkpoints, and training goes on from the one it finds there. For `begin`, `above`, `over` and `library` see
+    `Plan`. Raises UsageError for a task that this backbone cannot answer or an unknown method, PolytaskError where the
+    data cannot be learned from.
     """
-    plan = Plan(task, method, hyperparameters, settings or Settings(), reading or Reading(), begin)
+    plan = Plan(
+        task, method, hyperparameters, settings or Settings(), reading or Reading(), begin, above, over, library
+    )
     return adapt_many(base, [plan], folder=folder, on_event=on_event)[0]
 
 
@@ -93,19 +138,51 @@ def adapt_many(
             raced[i] = _race(base, plan, head, None if folder is None else folder / f"race-{i}", _told(on_event, [i]))
             continue
         if plan.method == "auto":
-            plan = _automatic(base, plan)
-        method, selector = selectors.build(plan.method, plan.hyperparameters)
+            plan = automatic(base, plan)
+        composer = plan.composer()
+        below = _below(base, plan, composer)
+        given, sources = _joined(base, plan, composer)
+        method, selector = selectors.build(plan.method, given)
+        if method.composed and not sources:
+            raise UsageError(f"{method.name} joins adapters: say which, with `over`")
         if head.text and method.name == "head":
             raise UsageError(f"task {plan.task.name} is answered in text, which has no head to train")
-        if head.text and method.slots:
-            short = head.text.model_copy(update={"limit": min(head.text.limit, base.max_length - method.slots)})
+        slots = method.slots + sum(active.method.slots for terms in below for _, active in terms)
+        if head.text and slots:
+            short = head.text.model_copy(update={"limit": min(head.text.limit, base.max_length - slots)})
             head = head.model_copy(update={"text": short})
-        jobs[i] = Job(plan.task, method, head, plan.settings, selector, plan.begin)
+        if isinstance(method, Reprogram) and not head.text:
+            head = head.model_copy(update={"alphabet": method.alphabet})
+        jobs[i] = Job(plan.task, method, head, plan.settings, selector, plan.begin, below, sources)
     several = _told(on_event, [*jobs])
     learned = train(base, [*jobs.values()], on_event=several, folder=folder, accelerator=accelerator) if jobs else []
     found = {i: won.learned for i, won in raced.items()} | dict(zip(jobs, learned, strict=True))
     jobs |= {i: won.job for i, won in raced.items()}
     return [_finish(base, plan, jobs[i], found[i], raced.get(i)) for i, plan in enumerate(plans)]
+
+
+def _below(base: Backbone, plan: Plan, composer: Composer) -> tuple[Terms, ...]:
+    """What the adapters that stand below do."""
+    for one in (*plan.above, *plan.over):
+        if one.backbone.fingerprint != base.fingerprint:
+            raise UsageError(f"adapter {one.name} was trained on {one.backbone.name}, this is {base.name}")
+    return tuple(composer.terms(Name(one.id), above=i > 0) for i, one in enumerate(plan.above))
+
+
+def _joined(base: Backbone, plan: Plan, composer: Composer) -> tuple[dict[str, Any], tuple[Active, ...]]:
+    """The hyperparameters of a composed method with its sources' ids and sites, and the sources."""
+    given = dict(plan.hyperparameters or {})
+    if not plan.over:
+        return given, ()
+    kind = COMPOSED.get(plan.method)
+    if kind is None or not issubclass(kind, Composed):
+        raise UsageError(f"{plan.method} is made of no other adapters; those that are: {', '.join(COMPOSED)}")
+    if not kind.learned:
+        raise UsageError(f"{kind.name} is not trained: make it of its adapters, and train a head or more above it")
+    found = tuple(source(composer.terms(Name(one.id)), kind.name) for one in plan.over)
+    reached = base.sites_for(writing=plan.reading.writes(plan.task))
+    at = [site for site in sites(found) if site in reached]
+    return {"sites": at} | given | {"over": [one.id for one in plan.over]}, found
 
 
 def _told(on_event: Callable[[Event], None] | None, numbers: Sequence[int]) -> Callable[[Event], None] | None:
@@ -120,7 +197,7 @@ def _race(
     for what, given in (("hyperparameters", plan.hyperparameters), ("lr", plan.settings.lr), ("begin", plan.begin)):
         if given:
             raise UsageError(f"a race finds its own method and rate: leave out {what}, or name a method")
-    auto = _automatic(base, plan)
+    auto = automatic(base, plan)
     assert auto.settings.lr is not None
     assert auto.hyperparameters is not None
     lora = Candidate("lora", auto.hyperparameters, auto.settings.lr)
@@ -137,9 +214,9 @@ def _continued(base: Backbone, plan: Plan) -> Plan:
     return replace(plan, method=plan.begin.method, hyperparameters=hyperparameters)
 
 
-def _automatic(base: Backbone, plan: Plan) -> Plan:
-    """LoRA on every linear map of the blocks, at half of LoRA's own rate where a head reads, which has been fitted
-    before; where the answer is in text, nothing has, and the rate is higher.
+def automatic(base: Backbone, plan: Plan) -> Plan:
+    """What `auto` trains: LoRA on every linear map of the blocks, at half of LoRA's own rate where a head reads, which
+    has been fitted before; where the answer is in text, nothing has, and the rate is higher.
 
     Query and value alone, LoRA's default, learn tags slower: span F1 on snips_slots was 0.80 against 0.86 (full
     fine-tuning: 0.87) after four epochs of 2,000 examples.
@@ -186,7 +263,7 @@ def _finish(base: Backbone, plan: Plan, job: Job, learned: Learned, won: Won | N
         name=task.name,
         task=data,
         lineage=Lineage(
-            parents=(plan.begin.id,) if plan.begin else (),
+            parents=tuple(one.id for one in (*([plan.begin] if plan.begin else []), *plan.above, *plan.over)),
             data=data.sha256,
             made_by=f"polytask {polytask.__version__}",
         ),
@@ -203,12 +280,16 @@ def _finish(base: Backbone, plan: Plan, job: Job, learned: Learned, won: Won | N
             "settings": vars(job.settings) | {"lr": job.settings.rate(name, base.hidden_size)},
             "history": learned.history,
         }
-        | ({"race": [asdict(rung) for rung in won.rungs]} if won else {}),
+        | ({"race": [asdict(rung) for rung in won.rungs]} if won else {})
+        | ({"precision": base.precision} if base.precision in QUANTISED else {}),
         notes=tuple(notes),
     )
-    adapter = Adapter(name, hyperparameters, kept | profile, base.card(), card, head)
+    adapter = Adapter(
+        name, hyperparameters, kept | profile, base.card(), card, head, tuple(one.id for one in plan.above)
+    )
+    others = _Others(plan)
     if head.text and head.text.decide == "likelihood" and not head.text.objective and task.validation:
-        adapter = _with_normalisation(base, adapter, task)
+        adapter = _with_normalisation(base, adapter, task, others)
     probe = replace(adapter, method="head", hyperparameters=build("head").hyperparameters(), tensors=baseline | profile)
     scores: dict[str, ScoreCard] = {}
     for split, candidate, label in (
@@ -218,15 +299,15 @@ def _finish(base: Backbone, plan: Plan, job: Job, learned: Learned, won: Won | N
     ):
         examples = [e for e in task.split(split) if e.output is not None]
         if examples:
-            scores[label] = measure(base, candidate, task, examples, limit)
+            scores[label] = measure(base, candidate, task, examples, limit, others)
     return replace(adapter, card=adapter.card.model_copy(update={"scores": scores}))
 
 
-def _with_normalisation(base: Backbone, adapter: Adapter, task: Task) -> Adapter:
+def _with_normalisation(base: Backbone, adapter: Adapter, task: Task, others: Source | None) -> Adapter:
     """The adapter with the way of comparing options that gets most of the validation split right."""
     assert adapter.head is not None
     assert adapter.head.text is not None
-    engine = Engine(base, adapters=[adapter])
+    engine = Engine(base, others, adapters=[adapter])
     examples = [e for e in task.validation if e.output is not None]
     wanted = [e.output for e in examples if e.output is not None]
     way = choose_normalisation(engine.weigh([request(e, adapter) for e in examples]), wanted)
@@ -244,23 +325,34 @@ def request(example: Example, adapter: Adapter) -> Request:
     return Request(example.input, example.pair, adapter.id, tuple(map(str, example.extra.get("options") or ())))
 
 
-def predict(base: Backbone, adapter: Adapter, examples: Sequence[Example], limit: int = 256) -> list[Output]:
-    """An adapter's answers to examples, in order."""
-    return [a.output for a in _answers(base, adapter, examples, limit) if a.output is not None]
+def predict(
+    base: Backbone, adapter: Adapter, examples: Sequence[Example], limit: int = 256, library: Source | None = None
+) -> list[Output]:
+    """An adapter's answers to examples, in order; `library` has what it is made of or stands on."""
+    return [a.output for a in _answers(base, adapter, examples, limit, library) if a.output is not None]
 
 
-def _answers(base: Backbone, adapter: Adapter, examples: Sequence[Example], limit: int) -> list[Answer]:
-    answers = Engine(base, adapters=[adapter]).answer([request(e, adapter) for e in examples], limit)
+def _answers(
+    base: Backbone, adapter: Adapter, examples: Sequence[Example], limit: int, library: Source | None
+) -> list[Answer]:
+    answers = Engine(base, library, [adapter]).answer([request(e, adapter) for e in examples], limit)
     missing = [e.id for e, a in zip(examples, answers, strict=True) if a.output is None]
     if missing:
         raise PolytaskError(f"no answer for {missing[0]} and {len(missing) - 1} more")
     return answers
 
 
-def measure(base: Backbone, adapter: Adapter, task: Task, examples: Sequence[Example], limit: int = 256) -> ScoreCard:
+def measure(
+    base: Backbone,
+    adapter: Adapter,
+    task: Task,
+    examples: Sequence[Example],
+    limit: int = 256,
+    library: Source | None = None,
+) -> ScoreCard:
     """The task's metric over labelled examples, with its 95 % bootstrap interval; where options were chosen from, with
-    the mean attentiveness beside it."""
-    answers = _answers(base, adapter, examples, limit)
+    the mean attentiveness beside it. `library` has what the adapter is made of or stands on."""
+    answers = _answers(base, adapter, examples, limit, library)
     found = score(task, [a.output for a in answers], examples)
     masses = [a.mass for a in answers if a.mass is not None]
     return ScoreCard(

@@ -223,7 +223,7 @@ def compare(
     return Comparison(
         task=task.card(),
         backbone=base.card(),
-        precision=str(base.dtype).removeprefix("torch."),
+        precision=base.precision,
         settings=shared | {name: value for name, value in vars(reading).items() if value != getattr(Reading, name)},
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         version=polytask.__version__,

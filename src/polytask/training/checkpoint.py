@@ -19,7 +19,7 @@ from torch import Tensor
 from polytask.errors import PolytaskError
 
 if TYPE_CHECKING:
-    from polytask.training.loop import Learner
+    from polytask.training.learner import Learner
 
 FILE = "training.safetensors"
 

@@ -18,7 +18,8 @@ from polytask.backbones import Backbone
 from polytask.methods import Method, build
 from polytask.tasks import Task
 from polytask.training import checkpoint
-from polytask.training.loop import Event, Loop, _prepare, _probe
+from polytask.training.learner import fit_head, prepare
+from polytask.training.loop import Event, Loop
 from polytask.training.settings import Job, Settings
 
 
@@ -28,8 +29,8 @@ class Start:
     def __init__(self, backbone: Backbone, task: Task, head: HeadCard, settings: Settings) -> None:
         began = time.perf_counter()
         self.backbone = backbone
-        self.learner = _prepare(backbone, Job(task, build("head"), head, settings))
-        _probe(backbone, self.learner)
+        self.learner = prepare(backbone, Job(task, build("head"), head, settings))
+        fit_head(backbone, self.learner)
         self.seconds = time.perf_counter() - began
 
     def heat(

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from polytask.backbones import Backbone, Batch
 from polytask.methods import Method, Params
-from polytask.methods.lifting import Active, Plan
+from polytask.methods.lifting import Plan, planned
 from polytask.methods.passes import Seat, forward, schedule
 from polytask.methods.selectors.selector import Penalty
 
 if TYPE_CHECKING:
-    from polytask.training.loop import Learner, Loop
+    from polytask.training.learner import Learner
+    from polytask.training.loop import Loop
 
 
 class Looking:
@@ -40,8 +41,9 @@ class Looking:
 
     def outputs(self, method: Method, tensors: Params, rows: int, passes: int, times: int) -> Iterator[list[Tensor]]:
         head = {n.removeprefix("head/"): t for n, t in tensors.items() if n.startswith("head/")}
-        seats = [Seat(self._learner.job.head, head, torch.ones(1))]
-        plan = Plan(self.backbone, [Active.of(method, tensors)], training=True)
+        order, weights = planned([self._learner.terms(method, tensors)])
+        seats = [Seat(self._learner.job.head, head, weights[0])]
+        plan = Plan(self.backbone, order, training=True)
         for lot in self._lots(rows, passes):
             units = [self._learner.units[i] for i in lot]
             packs = [*schedule(seats, units, [0] * len(lot), packable=self.backbone.packable)]

@@ -14,29 +14,24 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from polytask.backbones import Backbone, heads, perfect, text
-from polytask.errors import PolytaskError, UsageError
+from polytask.backbones import Backbone, heads, perfect
+from polytask.errors import PolytaskError
 from polytask.methods import passes
-from polytask.methods.lifting import Active, Plan
+from polytask.methods.lifting import Plan, planned
 from polytask.methods.method import Method
 from polytask.methods.passes import Seat, Unit
 from polytask.methods.selectors.selector import Penalty
-from polytask.tasks.scorers import score
 from polytask.training import checkpoint, probe, tfew
+from polytask.training.learner import CACHE_BYTES, Learner, fit_head, penalise, predicted, prepare, scored, targets
 from polytask.training.look import Looking
 from polytask.training.settings import Job
-
-# Training starts from the probe's logits times this. A probe that separates its training data has a loss, and so a
-# gradient, near zero, and the method would learn nothing.
-SOFTER = 0.3
-CACHE_BYTES = 512 << 20  # hidden states of a frozen prefix are kept up to this size
 
 
 @dataclass(frozen=True)
@@ -52,9 +47,6 @@ class Event:
     score: float = 0.0
     seconds: float = 0.0
     metric: str = ""
-
-
-PREDICTED = "p(token)"  # the geometric mean of the probabilities of the answers' tokens
 
 
 @dataclass
@@ -74,72 +66,6 @@ class Learned:
     """Examples seen, counting each time."""
 
 
-@dataclass(eq=False)
-class Learner:
-    """One job's data, tensors and state."""
-
-    job: Job
-    units: list[Unit]
-    targets: list[Any]
-    held: list[Unit]
-    tensors: dict[str, Tensor]
-    method: Method
-    wrong: list[list[Unit]] = field(default_factory=list)
-    """Each training example's wrong answers, where they are trained too (`tfew`)."""
-    shares: dict[str, Tensor] = field(default_factory=dict)
-    """See `Choice.shares`."""
-    penalty: Penalty | None = None
-    """Added to the loss, beside what the method itself adds."""
-    class_weights: Tensor | None = None
-    optimiser: torch.optim.Optimizer | None = None
-    order: list[list[int]] = field(default_factory=list)
-    step: int = 0
-    stale: int = 0
-    best: float = -float("inf")
-    best_tensors: dict[str, Tensor] = field(default_factory=dict)
-    probe: float = 0.0
-    probe_tensors: dict[str, Tensor] = field(default_factory=dict)
-    history: list[dict[str, float]] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    done: bool = False
-    owner: Learner | None = None
-    """The one whose optimiser moves the tensors that are shared with it."""
-
-    @property
-    def over(self) -> bool:
-        """Whether it has learnt what it can."""
-        return self.step >= self.steps or self.stale >= self.job.settings.patience
-
-    @property
-    def common(self) -> list[str]:
-        """The names of the tensors that are shared with others."""
-        return [n for n in self.tensors if n.rpartition("/")[2] in self.method.common and not n.startswith("head/")]
-
-    @property
-    def chosen(self) -> int:
-        """How many numbers are trained."""
-        own = {n: t for n, t in self.tensors.items() if self.method.trains(n)}
-        return sum(int(self.shares[n].count_nonzero()) if n in self.shares else t.numel() for n, t in own.items())
-
-    @property
-    def metric(self) -> str:
-        """What validation scores are: the task's metric, or how well the tokens of answers in text are predicted."""
-        return PREDICTED if self.job.head.text else self.job.task.metric
-
-    @property
-    def head(self) -> dict[str, Tensor]:
-        return {name.removeprefix("head/"): t for name, t in self.tensors.items() if name.startswith("head/")}
-
-    @property
-    def steps_an_epoch(self) -> int:
-        return -(-len(self.units) // self.job.settings.batch)
-
-    @property
-    def steps(self) -> int:
-        return self.steps_an_epoch * self.job.settings.rounds(self.steps_an_epoch)
-
-
 def train(
     backbone: Backbone,
     jobs: Sequence[Job],
@@ -156,10 +82,10 @@ def train(
     Raises PolytaskError where a job has nothing to learn from or its loss is no longer a number.
     """
     tell = on_event or (lambda event: None)
-    learners = [_prepare(backbone, job) for job in jobs]
+    learners = [prepare(backbone, job) for job in jobs]
     for i, learner in enumerate(learners):
         began = time.perf_counter()
-        _probe(backbone, learner)
+        fit_head(backbone, learner)
         learner.seconds = time.perf_counter() - began
         tell(Event("probe", i, score=learner.probe, seconds=learner.seconds, metric=learner.metric))
     for learner in learners:
@@ -197,155 +123,6 @@ def _share(learners: Sequence[Learner]) -> None:
             learner.owner = owner if len(mates) > 1 else None
 
 
-def _prepare(backbone: Backbone, job: Job) -> Learner:
-    task = job.task
-    if not task.train:
-        raise PolytaskError(f"task {task.name}: no training examples")
-    unlabelled = next((e for e in task.train if e.output is None), None)
-    if unlabelled is not None:
-        raise PolytaskError(f"task {task.name}: training example {unlabelled.id} has no output")
-    settings = job.settings
-    first = heads.start(job.head, backbone.hidden_size, settings.seed)
-    own = job.method.start(backbone, settings.seed, writing=job.head.text is not None)
-    begun = _begun(job, own)
-    tensors = {f"head/{name}": t for name, t in first.items()} | own | begun
-    weights = None
-    if settings.balanced and job.head.targets and not job.head.text:
-        weights = heads.class_weights(job.head, [e.output for e in task.train if e.output is not None])
-    return Learner(
-        job=job,
-        units=passes.encode(
-            backbone, job.head, task.train, min(settings.tokens, backbone.max_length - job.method.slots)
-        ),
-        targets=[] if job.head.text else [heads.encode(job.head, e.output) for e in task.train],
-        held=passes.encode(
-            backbone, job.head, task.validation, min(settings.tokens, backbone.max_length - job.method.slots)
-        ),
-        tensors={name: t.to(backbone.device) for name, t in tensors.items()},
-        method=job.method,
-        wrong=passes.wrong(backbone, job.head, task.train) if job.head.text and job.head.text.objective else [],
-        class_weights=None if weights is None else weights.to(backbone.device),
-    )
-
-
-def _targets(learner: Learner, members: Sequence[int]) -> Tensor:
-    """The targets of some training examples, in the shape of their logits."""
-    reads = learner.job.head.reads
-    if reads == "answer":
-        return torch.tensor([token for i in members for token in learner.units[i].target or ()])
-    if reads == "words":
-        rows = zip((learner.targets[i] for i in members), (learner.units[i].starts or () for i in members), strict=True)
-        found = [tag for tags, starts in rows for tag, at in zip(tags, starts, strict=True) if at >= 0]
-    else:
-        found = [learner.targets[i] for i in members]
-    whole = learner.job.head.kind in ("classification", "tagging")
-    return torch.tensor(found, dtype=torch.long if whole else torch.float32)
-
-
-@torch.no_grad()
-def _probe(backbone: Backbone, learner: Learner) -> None:
-    """Fit the head on frozen features: the baseline, and where training starts. Where answers are in text, what the
-    backbone alone makes of them."""
-    head = learner.job.head
-    if head.text:
-        seat = Seat(head, {})
-        log_p = passes.logprobs(Plan(backbone, []), [seat], learner.held, [0] * len(learner.held))
-        learner.probe = learner.best = _fit(log_p)
-        learner.best_tensors = {name: t.clone() for name, t in learner.tensors.items()}
-        return
-    if head.pool == "labels":
-        _attend(backbone, learner)
-        return
-    q = learner.tensors.get("head/q")
-    joined = torch.stack if head.kind != "tagging" else torch.cat
-    φ = joined(passes.features(backbone, head, learner.units, q))
-    held_φ = joined(passes.features(backbone, head, learner.held, q)) if learner.held else φ[:0]
-    y = _targets(learner, range(len(learner.units))).to(backbone.device)
-
-    def validate(p: dict[str, Tensor]) -> float:
-        outputs, _ = heads.decode(head, heads.read(head, p, held_φ))
-        if head.kind == "tagging":
-            given = iter(outputs)
-            outputs = [
-                tuple(str(next(given)) if at >= 0 else head.targets[0] for at in unit.starts or ())
-                for unit in learner.held
-            ]
-        return _score(learner, outputs)
-
-    if head.masks:
-        p = learner.head | {"c": perfect.prototypes(φ, y, len(head.targets))}
-    else:
-        with torch.enable_grad():
-            tagging = head.kind == "tagging"
-            p = probe.fit(
-                head,
-                φ,
-                y,
-                learner.head,
-                validate,
-                weights=learner.class_weights,
-                penalties=probe.PENALTIES[1:3] if tagging else probe.PENALTIES,
-                steps=30 if tagging else 60,
-            )
-    _begin(learner, p, validate(p), SOFTER if head.targets and not head.masks else 1.0)
-
-
-def _attend(backbone: Backbone, learner: Learner) -> None:
-    """Fit a head whose labels attend to tokens, on frozen features: those of as many training examples, drawn by the
-    seed, as CACHE_BYTES hold."""
-    head, task = learner.job.head, learner.job.task
-    drawn = torch.Generator().manual_seed(learner.job.settings.seed)
-    order = torch.randperm(len(learner.units), generator=drawn).tolist()
-    used = itertools.accumulate(4 * backbone.hidden_size * len(learner.units[i].ids[0]) for i in order)
-    chosen = sorted(i for i, size in zip(order, used, strict=True) if size <= CACHE_BYTES or i == order[0])
-    φ = passes.features(backbone, head, [learner.units[i] for i in chosen])
-    held_φ = passes.features(backbone, head, learner.held)
-    y = _targets(learner, chosen).to(backbone.device)
-    E = passes.embed(backbone, [text.described(label) for label in task.labels], learner.job.settings.tokens)
-
-    def validate(p: dict[str, Tensor]) -> float:
-        with torch.no_grad():
-            z = [probe.tokenwise(head, p, held_φ[i : i + 64]) for i in range(0, len(held_φ), 64)]
-        return _score(learner, heads.decode(head, torch.cat(z))[0] if z else [])
-
-    with torch.enable_grad():
-        p = probe.descend(
-            head,
-            φ,
-            y,
-            learner.head | {"E": E.to(backbone.device)},
-            validate if learner.held else None,
-            weights=learner.class_weights,
-            seed=learner.job.settings.seed,
-        )
-    _begin(learner, p, validate(p))
-
-
-def _begin(learner: Learner, p: dict[str, Tensor], score: float, softer: float = 1.0) -> None:
-    """Have the learner start from a head that was fitted on frozen features, its logits times `softer`."""
-    learner.probe = learner.best = score
-    learner.probe_tensors = {f"head/{name}": t.detach().clone() for name, t in p.items()}
-    learner.best_tensors = {n: t.clone() for n, t in (learner.tensors | learner.probe_tensors).items()}
-    learner.tensors |= {name: softer * t for name, t in learner.probe_tensors.items()}
-
-
-def _begun(job: Job, own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that training begins with instead of the method's own: those of the job's adapter, but for its
-    head."""
-    if job.begin is None:
-        return {}
-    given = {n: t for n, t in job.begin.tensors.items() if not n.startswith(("head/", "task/"))}
-    wrong = sorted(n for n in given.keys() ^ own.keys() if n in given or n in own) or [
-        n for n, t in given.items() if t.shape != own[n].shape
-    ]
-    if wrong:
-        raise UsageError(
-            f"task {job.task.name}: {job.method.name} with these hyperparameters cannot begin with adapter "
-            f"{job.begin.name} ({job.begin.method}): they differ in {wrong[0]}; give those it was made with"
-        )
-    return {n: t.detach().clone().float() for n, t in given.items()}
-
-
 def _select(backbone: Backbone, learner: Learner) -> None:
     """Have the job's selector choose what is trained."""
     if learner.job.selector is None:
@@ -358,32 +135,17 @@ def _select(backbone: Backbone, learner: Learner) -> None:
     look = Looking(backbone, learner, open_loop)
     choice = learner.job.selector.choose(look)
     learner.method, learner.tensors, learner.shares = choice.method, choice.tensors, choice.shares
+    if learner.job.begin is not None:  # what was learnt before stays, where it is not chosen
+        left = {n: t for n, t in look.tensors.items() if n not in choice.tensors and bool(t.any())}
+        learner.tensors, learner.shares = (
+            choice.tensors | left,
+            choice.shares | {n: torch.zeros_like(t) for n, t in left.items()},
+        )
+        learner.method = choice.method.only(learner.tensors) if left else choice.method
     learner.best_tensors = {n: t.clone() for n, t in (learner.tensors | learner.probe_tensors).items()}
     if choice.done:
         learner.done = True
         learner.best, learner.best_tensors = look.score(choice.method, choice.tensors), choice.tensors
-
-
-def _penalise(learner: Learner) -> None:
-    """Add the gradients of what the method and a selector's trial training add to the loss."""
-    method = learner.method
-    terms = [method.penalty(dict(p)) for p in Active.of(method, learner.tensors).at.values()]
-    if learner.penalty is not None:
-        terms.append(learner.penalty(learner.tensors))
-    found = [term for term in terms if term is not None]
-    if found:
-        torch.stack(found).sum().backward()  # type: ignore[no-untyped-call]
-
-
-def _fit(log_p: Sequence[Tensor]) -> float:
-    """How well answers are predicted: the geometric mean of their tokens' probabilities, exp(−loss)."""
-    return math.exp(float(torch.cat([*log_p]).mean())) if log_p else 0.0
-
-
-def _score(learner: Learner, outputs: Sequence[Any]) -> float:
-    if not learner.held:
-        return 0.0
-    return score(learner.job.task, outputs, learner.job.task.validation, resamples=0).value
 
 
 class Loop:
@@ -457,7 +219,7 @@ class Loop:
         self.backward(active, [self._next(learner) for learner in active])
         for learner in active:
             if self._rank == 0:
-                _penalise(learner)
+                penalise(learner)
             self._update(learner)
 
     def backward(self, active: list[Learner], batches: Sequence[list[int]]) -> None:
@@ -488,7 +250,7 @@ class Loop:
                 if learner.wrong:
                     each = tfew.losses(z, [units[pack[j]].target or [] for j in members], examples)
                 else:
-                    y = _targets(learner, examples).to(z.device)
+                    y = targets(learner, examples).to(z.device)
                     if learner.job.head.reads == "words":
                         z, y = z[y != heads.IGNORED], y[y != heads.IGNORED]
                     each = heads.losses(learner.job.head, z, y, learner.class_weights)
@@ -500,7 +262,7 @@ class Loop:
     def _loss_terms(self, learner: Learner, batch: Sequence[int]) -> int:
         if learner.job.head.reads == "sequence" or learner.wrong:
             return len(batch)
-        return max(1, int((_targets(learner, batch) != heads.IGNORED).sum()))
+        return max(1, int((targets(learner, batch) != heads.IGNORED).sum()))
 
     def _update(self, learner: Learner) -> None:
         assert learner.optimiser is not None
@@ -556,11 +318,10 @@ class Loop:
         return learner.order[at]
 
     def _plan(self, learners: Sequence[Learner], *, training: bool) -> tuple[Plan, list[Seat]]:
-        adapters = [Active.of(learner.method, learner.tensors) for learner in learners]
-        one = torch.eye(len(learners))
+        order, weights = planned([learner.terms() for learner in learners])
         reads = heads.taught if training else dict
-        seats = [Seat(learner.job.head, reads(learner.head), one[i]) for i, learner in enumerate(learners)]
-        return Plan(self.backbone, adapters, training=training), seats
+        seats = [Seat(one.job.head, reads(one.head), row) for one, row in zip(learners, weights, strict=True)]
+        return Plan(self.backbone, order, training=training), seats
 
     @torch.no_grad()
     def validate(self, learners: list[Learner]) -> list[float]:
@@ -573,9 +334,9 @@ class Loop:
 
     def _place(self, learner: Learner) -> None:
         """Put the prototypes of a head that answers by them where its classes lie now."""
-        adapter = Active.of(learner.method, learner.tensors)
-        h = passes.features(self.backbone, learner.job.head, learner.units, adapter=adapter, start=self.start)
-        y = _targets(learner, range(len(learner.units))).to(h[0].device)
+        terms = learner.terms()
+        h = passes.features(self.backbone, learner.job.head, learner.units, terms=terms, start=self.start)
+        y = targets(learner, range(len(learner.units))).to(h[0].device)
         learner.tensors["head/c"] = perfect.prototypes(torch.stack(h), y, len(learner.job.head.targets))
 
     def _evaluate(self, learners: list[Learner]) -> None:
@@ -615,7 +376,7 @@ class Loop:
             found = iter(find(plan, seats, units, which))
             for s in mine:
                 own = [next(found) for _ in learners[s].held]
-                values[s] = _fit(own) if written else _score(learners[s], [output for output, _ in own])
+                values[s] = predicted(own) if written else scored(learners[s], [output for output, _ in own])
         return values
 
     @property
@@ -634,13 +395,13 @@ class Loop:
         prefix = "enc." if self.backbone.kind == "encoder-decoder" else ""
         lowest = len(self.backbone.blocks) - 1
         for learner in self.learners:
-            if (learner.method.slots or learner.wrong) and not learner.done:
+            if learner.done:
+                continue
+            acting = [active for _, active in learner.terms()]
+            if learner.wrong or any(active.method.slots for active in acting):
                 return 0
-            for name in learner.tensors:
-                site = name.rpartition("/")[0].removeprefix(prefix)
-                if learner.done or site in ("head", "shared"):
-                    continue
-                number = site.partition(".")[0]
+            for site in itertools.chain(*(active.at for active in acting)):
+                number = site.removeprefix(prefix).partition(".")[0]
                 lowest = min(lowest, int(number)) if number.isdigit() else 0
         if len({learner.job.head.causal for learner in self.learners}) > 1:
             return 0

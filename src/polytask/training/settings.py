@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from polytask.adapters import Adapter, HeadCard
 from polytask.errors import UsageError
 from polytask.methods import Method
+from polytask.methods.lifting import Active, Terms
 from polytask.methods.selectors import Selector
 from polytask.tasks import Task
 
 # Peak learning rate by method, for AdamW with the head warm-started from a probe; the values that did best on the
-# validation splits of the development tasks with the embedded encoder, whose width is WIDTH. Wider models need smaller
-# ones: the rate falls as 1 / width, as for hidden weights in Yang et al. 2022 (arXiv 2203.03466).
+# validation splits of the development tasks with the embedded encoder, whose width is WIDTH; of LoReFT, OpAmp, Bitune
+# and K-Adapter their authors' at this width. Wider models need smaller ones: the rate falls as 1 / width, as for hidden
+# weights in Yang et al. 2022 (arXiv 2203.03466).
 WIDTH = 384
 LEARNING_RATES = {
     "lora": 2e-3,
@@ -34,6 +36,13 @@ LEARNING_RATES = {
     "ept": 1e-2,
     "prefix": 1e-2,
     "aligner": 1e-2,
+    "loreft": 5e-3,
+    "p_adapter": 1e-3,
+    "p_adapter_prefix": 1e-3,
+    "bitune": 1e-3,
+    "reprogram": 1e-4,  # a step moves a symbol by the rate times Σ|E| over the vocabulary
+    "opamp": 2e-3,
+    "kadapter": 1e-4,
     "full": 1e-4,
 }
 
@@ -84,7 +93,8 @@ class Settings:
 @dataclass(frozen=True)
 class Job:
     """One adapter to train: a task, a method, a head, and how; `selector` chooses what of the method is trained.
-    `begin` is an adapter of the method whose tensors it begins with."""
+    `begin` is an adapter of the method whose tensors it begins with. It is trained `above` what these do, and
+    `sources` are what a composed method is made of."""
 
     task: Task
     method: Method
@@ -92,3 +102,5 @@ class Job:
     settings: Settings = field(default_factory=Settings)
     selector: Selector | None = None
     begin: Adapter | None = None
+    above: tuple[Terms, ...] = ()
+    sources: tuple[Active, ...] = ()

@@ -67,6 +67,10 @@ def export_peft(
         raise UsageError(
             f"{adapter.name}: PEFT's format has no place for method {adapter.method}; only for {', '.join(known)}"
         )
+    if adapter.above:
+        raise UsageError(
+            f"{adapter.name}: it stands on {', '.join(adapter.above)}, which PEFT's format cannot say; merge them"
+        )
     unknown = [site for site in adapter.sites if site not in sites]
     if unknown:
         raise UsageError(f"{adapter.name}: site {unknown[0]} is not in this backbone; pass the sites of its own one")

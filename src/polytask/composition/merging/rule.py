@@ -12,13 +12,16 @@ import hashlib
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from polytask.errors import UsageError
 from polytask.methods.method import values
+
+if TYPE_CHECKING:
+    from polytask.composition.merging.fitted import Fitted
 
 
 class Rule:
@@ -37,6 +40,23 @@ class Rule:
     def join(self, τ: Tensor, w: Tensor) -> Tensor:
         """One difference [...] of what takes part."""
         raise NotImplementedError(type(self).__name__)
+
+    def at(self, where: str) -> Rule:
+        """The rule for one place: itself, unless it was fitted to data and has something of its own for each."""
+        return self
+
+    def coefficients(self, w: Tensor) -> list[float]:
+        """c [K] of a linear rule: its result is Σ c_k τ_k."""
+        found: list[float] = self.join(self.keep(torch.eye(len(w), dtype=w.dtype), []), w).tolist()
+        return found
+
+    def found(self) -> dict[str, Any]:
+        """What the merged adapter's card keeps of what was found on data, as JSON can hold it."""
+        return {}
+
+    def told(self) -> tuple[str, ...]:
+        """The same in words."""
+        return ()
 
     def draw(self, adapter: str, where: str) -> torch.Generator:
         """For what an adapter loses by chance at one place: the same whatever it is merged with."""
@@ -77,13 +97,16 @@ def rules() -> dict[str, type[Rule]]:
     return dict(sorted(RULES.items()))
 
 
-def build(name: str, hyperparameters: Mapping[str, Any] | None = None) -> Rule:
+def build(name: str, hyperparameters: Mapping[str, Any] | None = None) -> Rule | Fitted:
     """The rule of that name; UsageError where there is none, or a hyperparameter is none of its own or out of range."""
-    if name not in (known := rules()):
-        raise UsageError(f"no merging rule {name!r}; the rules are {', '.join(known)}")
+    from polytask.composition.merging.fitted import fitted_rules
+
+    known, others = rules(), fitted_rules()
+    if name not in known and name not in others:
+        raise UsageError(f"no merging rule {name!r}; the rules are {', '.join(known)}; with data {', '.join(others)}")
     given = hyperparameters or {}
-    cls: Any = known[name]
+    cls: Any = known[name] if name in known else others[name]
     if given and not dataclasses.fields(cls):
         raise UsageError(f"{name} has no hyperparameters, and got {', '.join(given)}")
-    made: Rule = cls(**values(cls, name, given))
+    made: Rule | Fitted = cls(**values(cls, name, given))
     return made

@@ -1,1 +1,4 @@
 """Routers: weights over adapters from an input. One file each."""
+
+from polytask.composition.routing import arrow as _arrow  # noqa: F401  # each enters its method
+from polytask.composition.routing import meteora as _meteora  # noqa: F401

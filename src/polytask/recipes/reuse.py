@@ -1,0 +1,327 @@
+"""A new task from what a library knows: ways to use it, tried in the order of what they cost, and the best one kept.
+
+    s_w = (1/n) Σ_i log p_w(y_i | x_i; what w learns without i's fold)        a way w's score, over n examples
+
+1. `features`: a new head on the frozen backbone.
+2. `on NAME`: a new head on what one adapter makes of the text, for each adapter of the library.
+3. `on A + B + ...`: a new head on the mean of the best two, three or five of them.
+4. `lora`: LoRA from nothing, with its head; and `lora from NAME`, from the best adapter that is one.
+
+All are compared by cross-validation on the task's own examples, so that a handful will do, and by log-likelihood, which
+tells ways apart where accuracies of eight answers do not. A way takes the place of a cheaper one where it is better by
+more than `MARGIN` of the standard error of the difference, example by example. Without any example, the adapter whose
+training inputs lie nearest to the task's instruction answers, if its labels are the task's.
+
+Heads on features of related tasks: the linear probe of Kornblith, Shlens, Le 2019 (arXiv 1805.08974); choosing among
+many sources by a probe on few labels: Poth, Pfeiffer, Rücklé, Gurevych 2021 (arXiv 2104.08247).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from sklearn.model_selection import KFold, StratifiedKFold
+from torch import Tensor
+from torch.nn import functional as F
+
+from polytask.adapters import Adapter, HeadCard
+from polytask.adapters.expression import Expression, Mix, Name
+from polytask.backbones import Backbone, heads, text
+from polytask.composition.kept import keep
+from polytask.errors import UsageError
+from polytask.inference.engine import Source
+from polytask.methods import build, passes
+from polytask.methods.lifting import Active, Terms, planned
+from polytask.methods.lifting import Plan as Run
+from polytask.methods.passes import Seat, Unit
+from polytask.recipes.adapt import Plan, adapt, automatic
+from polytask.recipes.reading import Reading
+from polytask.tasks import Task
+from polytask.training import Job, Settings, probe, train
+from polytask.training.learner import targets_of
+
+MARGIN = 0.5  # standard errors of the difference
+FOLDS = 5
+MIXED = (2, 3, 5)  # how many of the best adapters are mixed
+LOOKED_AT = 32  # adapters of a library whose features are tried: those of the nearest tasks
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to answer: a method on top of what `below` does, which begins with the adapter `begin`. `score` is s_w with
+    its standard error, `each` [n] its terms, and `seconds` what finding them took."""
+
+    name: str
+    below: Expression | None
+    method: str
+    each: Tensor
+    seconds: float
+    begin: str | None = None
+
+    @property
+    def score(self) -> float:
+        return float(self.each.mean())
+
+    def better_than(self, other: Way) -> bool:
+        """By more than MARGIN standard errors of the difference."""
+        d = self.each - other.each
+        error = float(d.std()) / math.sqrt(len(d)) if len(d) > 1 else 0.0
+        return float(d.mean()) > MARGIN * error
+
+
+@dataclass(frozen=True)
+class Reused:
+    """The new adapter; `support` are adapters that were made for it and go into the library with it; the ways that were
+    tried, in order, and the one that was taken."""
+
+    adapter: Adapter
+    support: tuple[Adapter, ...]
+    ways: tuple[Way, ...]
+    taken: str
+
+
+def reuse(
+    base: Backbone,
+    task: Task,
+    library: Sequence[Adapter],
+    *,
+    settings: Settings | None = None,
+    reading: Reading | None = None,
+    source: Source | None = None,
+    tell: Callable[[str], None] = lambda said: None,
+) -> Reused:
+    """An adapter for the task, by whatever way does best on its own examples.
+
+    `library`: the adapters to try; those of other weights, and those that cannot stand below a head, are left out.
+    `source` has what these are made of. The validation split is used like further training examples.
+
+    Raises UsageError for a task whose answer is in text, and for one without examples that no adapter answers.
+    """
+    settings, reading = settings or Settings(), reading or Reading()
+    known = [one for one in library if one.backbone.fingerprint == base.fingerprint]
+    examples = tuple(e for e in (*task.train, *task.validation) if e.output is not None)
+    if not examples:
+        return _untrained(base, task, known)
+    task = replace(task, train=examples, validation=())
+    head = reading.design(base, task, settings.limit)
+    if head.text:
+        raise UsageError(f"task {task.name}: its answer is in text; --reuse is for tasks that a head answers")
+    trial = _Trial(base, task, head, settings, known, source)
+
+    ways = [trial.on_top("features", None)]
+    tell(_said(ways[0]))
+    singles = [trial.on_top(f"on {one.name}", Name(one.id)) for one in trial.near(LOOKED_AT)]
+    singles.sort(key=lambda way: -way.score)
+    for way in singles[:3]:
+        tell(_said(way))
+    ways += singles
+    for k in MIXED:
+        if k <= len(singles):
+            mean = Mix(tuple((1 / k, way.below) for way in singles[:k] if way.below))
+            ways.append(trial.on_top(f"on {' + '.join(way.name.removeprefix('on ') for way in singles[:k])}", mean))
+            tell(_said(ways[-1]))
+    ways.append(trial.trained("lora", None))
+    tell(_said(ways[-1]))
+    first = next((way for way in singles if trial.begins(way)), None)
+    if first is not None and isinstance(first.below, Name):
+        ways.append(trial.trained(f"lora from {first.name.removeprefix('on ')}", first.below.name))
+        tell(_said(ways[-1]))
+    taken = ways[0]
+    for way in ways[1:]:
+        taken = way if way.better_than(taken) else taken
+    tell(f"taken: {taken.name}")
+
+    above: list[Adapter] = []
+    support: list[Adapter] = []
+    if isinstance(taken.below, Name):
+        above = [trial.get(taken.below.name)]
+    elif taken.below is not None:
+        above = support = [keep(taken.below, trial.get, None, f"{task.name}.below")]
+    begin = trial.get(taken.begin) if taken.begin else None
+    plan = trial.plan(task, taken.method, begin)
+    adapter = adapt(
+        base,
+        task,
+        taken.method,
+        hyperparameters=plan.hyperparameters,
+        settings=plan.settings,
+        reading=reading,
+        begin=begin,
+        above=above,
+        library=_Known(trial.get, support),
+    )
+    notes = (f"reuse took {taken.name!r} of {len(ways)} ways: {', '.join(map(_said, _shown(ways, taken)))}",)
+    card = adapter.card.model_copy(update={"notes": (*adapter.card.notes, *notes)})
+    return Reused(replace(adapter, card=card), tuple(support), tuple(ways), taken.name)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Adapters by id, those that were just made among them."""
+
+    find: Callable[[str], Adapter]
+    made: Sequence[Adapter]
+
+    def get(self, ref: str) -> Adapter:
+        return next((one for one in self.made if one.id == ref), None) or self.find(ref)
+
+
+class _Trial:
+    """The task's examples in folds, and what each way makes of those that it did not learn from."""
+
+    def __init__(
+        self,
+        base: Backbone,
+        task: Task,
+        head: HeadCard,
+        settings: Settings,
+        known: Sequence[Adapter],
+        source: Source | None,
+    ) -> None:
+        self.base, self.task, self.head, self.settings = base, task, head, settings
+        self.known, self.source = {one.id: one for one in known}, source
+        self.units: list[Unit] = passes.encode(base, head, task.train, settings.tokens)
+        self.y = [heads.encode(head, e.output) for e in task.train]
+        self.folds = _folds(task)
+        self.composer = Plan(task, over=[*known], library=source).composer()
+
+    def get(self, ref: str) -> Adapter:
+        if ref in self.known:
+            return self.known[ref]
+        if self.source is None:
+            raise UsageError(f"adapter {ref}, which another is made of, is not here: give the library that has it")
+        return self.source.get(ref)
+
+    def near(self, most: int) -> list[Adapter]:
+        """Adapters that can stand below a head, those of the nearest tasks first."""
+        fit = [one for one in self.known.values() if self._terms(Name(one.id)) is not None]
+        inputs = torch.nn.functional.normalize(
+            passes.embed(self.base, [e.text for e in self.task.train]).mean(0), dim=0
+        )
+        return sorted(fit, key=lambda one: -float(inputs @ one.at("task").get("mean", -inputs)))[:most]
+
+    def begins(self, way: Way) -> bool:
+        """Whether LoRA can begin with what stands below."""
+        one = self.get(way.below.name) if isinstance(way.below, Name) else None
+        return one is not None and one.method == "lora" and not one.needs
+
+    def _terms(self, below: Expression | None) -> Terms | None:
+        """None for an adapter that does nothing below a head: a head of its own alone, or PEFT's layers."""
+        if below is None:
+            return ()
+        terms = self.composer.terms(below)
+        return terms if any(a.at and not a.method.opaque and not a.method.slots for _, a in terms) else None
+
+    def on_top(self, name: str, below: Expression | None) -> Way:
+        """A head on the states that `below` leaves; the penalty on it that does best."""
+        began = time.perf_counter()
+        joined = torch.cat if self.head.kind == "tagging" else torch.stack
+        φ = passes.features(self.base, self.head, self.units, terms=self._terms(below) or ())
+        best: Tensor | None = None
+        first = heads.start(self.head, self.base.hidden_size, self.settings.seed)
+        for λ in probe.PENALTIES:
+            each = torch.zeros(len(self.units))
+            for taught, held in self.folds:
+                with torch.enable_grad():
+                    p = probe.fit(
+                        self.head,
+                        joined([φ[i] for i in taught]).clone(),
+                        self._targets(taught),
+                        first,
+                        lambda _: 0.0,
+                        penalties=(λ,),
+                    )
+                for i in held:
+                    each[i] = self._fit(p, φ[i], i)
+            if best is None or each.mean() > best.mean():
+                best = each
+        assert best is not None
+        return Way(name, below, "head", best, time.perf_counter() - began)
+
+    def trained(self, name: str, begin: str | None) -> Way:
+        """LoRA, trained once for each fold, all at once."""
+        began = time.perf_counter()
+        start = self.get(begin) if begin else None
+        jobs = []
+        for number, (taught, _) in enumerate(self.folds):
+            part = replace(
+                self.task, name=f"{self.task.name}-{number}", train=tuple(self.task.train[i] for i in taught)
+            )
+            plan = self.plan(part, "lora", start)
+            method = build("lora", plan.hyperparameters)
+            jobs.append(Job(part, method, self.head, plan.settings, begin=start))
+        each = torch.zeros(len(self.units))
+        for (_, held), learned in zip(self.folds, train(self.base, jobs), strict=True):
+            p = {n.removeprefix("head/"): t for n, t in learned.tensors.items() if n.startswith("head/")}
+            order, weights = planned([((1.0, Active.of(learned.method, learned.tensors)),)])
+            seat = Seat(self.head, p, weights[0])
+            z = passes.logits(Run(self.base, order), [seat], [self.units[i] for i in held], [0] * len(held))
+            for i, own in zip(held, z, strict=True):
+                each[i] = self._loss(own, i)
+        return Way(name, None, "lora", each, time.perf_counter() - began, begin)
+
+    def plan(self, task: Task, method: str, begin: Adapter | None) -> Plan:
+        """What the way's training is told."""
+        plan = Plan(task, method, settings=self.settings, begin=begin)
+        if method != "lora":
+            return plan
+        whole = automatic(self.base, plan)
+        return whole if begin is None else replace(whole, hyperparameters=dict(begin.hyperparameters))
+
+    def _targets(self, members: Sequence[int]) -> Tensor:
+        return targets_of(self.head, [self.units[i] for i in members], [self.y[i] for i in members])
+
+    def _fit(self, p: dict[str, Tensor], φ: Tensor, i: int) -> float:
+        with torch.no_grad():
+            return self._loss(heads.read(self.head, p, φ), i)
+
+    def _loss(self, z: Tensor, i: int) -> float:
+        """log p of example i, per word where it is tagged; minus the squared error of a number."""
+        y = self._targets([i])
+        z = z if self.head.kind == "tagging" else z[None]
+        seen = y != heads.IGNORED if self.head.kind == "tagging" else slice(None)
+        each = heads.losses(self.head, z[seen].float(), y[seen])
+        return -float(each.mean()) if each.numel() else 0.0
+
+
+def _folds(task: Task) -> list[tuple[list[int], list[int]]]:
+    """(taught, held) by number: five, or as many as the rarest label has examples, or one for each example."""
+    n = len(task.train)
+    if n < 2:
+        raise UsageError(f"task {task.name}: {n} example; to choose among ways at least two are needed")
+    outputs = [str(e.output) for e in task.train]
+    rarest = min(outputs.count(o) for o in set(outputs))
+    if task.kind == "classification" and len(set(outputs)) > 1 and rarest > 1:
+        parts = StratifiedKFold(min(FOLDS, rarest), shuffle=True, random_state=0).split(np.zeros(n), outputs)
+    else:
+        parts = KFold(min(FOLDS, n), shuffle=True, random_state=0).split(np.zeros(n))
+    return [(taught.tolist(), held.tolist()) for taught, held in parts]
+
+
+def _untrained(base: Backbone, task: Task, known: Sequence[Adapter]) -> Reused:
+    """The adapter that has the task's labels and whose inputs lie nearest to its instruction."""
+    names = tuple(label.name for label in task.labels)
+    same = [one for one in known if one.head and one.head.kind == task.kind and set(one.head.targets) == set(names)]
+    if not same or not names:
+        raise UsageError(
+            f"task {task.name}: no examples, and no adapter of the library answers with its labels "
+            f"({', '.join(names) or 'none'}); give some examples"
+        )
+    said = passes.embed(base, [" ".join([task.instruction, *map(text.described, task.labels)])])[0]
+    said = F.normalize(said, dim=0)
+    nearest = max(same, key=lambda one: float(said @ one.at("task").get("mean", -said)))
+    return Reused(nearest, (), (), f"{nearest.name} as it is")
+
+
+def _shown(ways: Sequence[Way], taken: Way) -> list[Way]:
+    """The way that was taken and the best of the others."""
+    return [taken, *sorted((way for way in ways if way is not taken), key=lambda way: -way.score)[:4]]
+
+
+def _said(way: Way) -> str:
+    return f"{way.name} {way.score:.3f}"
