@@ -8,14 +8,16 @@ calling them, into copies of keys and into norms of six operations. Adapters act
 (`changes`), since no module runs that a hook could stand at.
 
 In a small model the maps that read the same x are one product, and where adapters are of low rank, Δ = B (m ∘ A x),
-their A's join it and their B's are one product too, a block for each map: [y; h] = [W; A] x, y ← y + B (m ∘ h).
+their A's join it and their B's are one call too, with a block for each map: [y; h] = [W; A] x, y ← y + B (m ∘ h).
 
 Llama (Touvron et al. 2023, arXiv 2302.13971) and what is built like it: Mistral, Qwen 2 and 3.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +44,10 @@ class Change(Protocol):
     def low_rank(self) -> LowRank | None:
         """The difference as B (m ∘ A x), if that is what it is."""
 
+    @property
+    def rows(self) -> object:
+        """What tells which rows ask for which adapters: another object where that has changed."""
+
 
 class Lean:
     """The weights of a model of this shape, as they are now; made anew where weights are changed."""
@@ -57,7 +63,8 @@ class Lean:
         small = backbone.parameters * backbone.dtype.itemsize <= JOINED
         self.joins = small and backbone.precision not in QUANTISED  # joined, they would stand whole
         self._products: dict[tuple[int, str], _Product] = {}
-        self._masks: dict[tuple[int, ...], tuple[list[Tensor], Tensor]] = {}
+        self._rows: object = None
+        self._ready: dict[tuple[int, str], _Ready] = {}  # for these rows
 
     @staticmethod
     def fits(backbone: Backbone) -> bool:
@@ -75,6 +82,9 @@ class Lean:
             change = changes.get(site)
             return y if change is None else change(x, y)
 
+        rows = next((change.rows for change in changes.values()), None)
+        if rows is not self._rows:
+            self._rows, self._ready = rows, {}
         S, D = len(tokens), self.head_width
         x = F.embedding(tokens[:, None], self.embedding)
         x = at("tokens", x, x)
@@ -111,38 +121,37 @@ class Lean:
 
     def _maps(self, i: int, maps: Mapping[str, Any], x: Tensor, changes: Mapping[str, Change]) -> Sequence[Tensor]:
         """What block i's linear maps by these names make of x [S, 1, reads], with the adapters' differences."""
-        here = [changes.get(f"{i}.{name}") for name in maps]
-        if not self.joins:
-            values = [linear.forward(x) for linear in maps.values()]  # past the hooks
-            return [y if change is None else change(x, y) for change, y in zip(here, values, strict=True)]
-        low = [None if change is None else change.low_rank() for change in here]
         key = (i, next(iter(maps)))
-        product = self._products.get(key)
-        if product is None or not product.of(low):
-            product = self._products[key] = _Product(list(maps.values()), low)
+        ready = self._ready.get(key)
+        if ready is None:
+            ready = self._ready[key] = self._made_ready(key, maps, [changes.get(f"{i}.{name}") for name in maps])
+        if ready.product is None:
+            values = [linear.forward(x) for linear in maps.values()]  # past the hooks
+            return [y if change is None else change(x, y) for change, y in zip(ready.others, values, strict=True)]
+        product = ready.product
         out = F.linear(x, product.W, product.b)
         if product.B is not None:
             y, h = out[:, 0, : product.width], out[:, 0, product.width :]
-            m = self._mask([found for found in low if found is not None])
-            out = torch.addmm(y, h if m is None else h * m, product.B)[:, None]
+            out = product.changed(y, h if ready.m is None else h * ready.m)[:, None]
         parts = torch.split(out, product.widths, -1)
-        return [
-            change(x, y) if change is not None and found is None else y
-            for change, found, y in zip(here, low, parts, strict=True)
-        ]
+        if not any(ready.others):
+            return parts
+        return [y if change is None else change(x, y) for change, y in zip(ready.others, parts, strict=True)]
 
-    def _mask(self, low: Sequence[LowRank]) -> Tensor | None:
-        """The m's of maps side by side: [S, Σρ]."""
-        known = [m for _, _, m in low if m is not None]
-        if not known:
-            return None
-        key = tuple(-len(A) if m is None else id(m) for A, _, m in low)
-        if key not in self._masks:
-            if len(self._masks) > 64:  # rows have joined and left since
-                self._masks.clear()
-            ones = [known[0].new_ones(len(known[0]), 1, len(A)) if m is None else m for A, _, m in low]
-            self._masks[key] = (known, torch.cat(ones, -1)[:, 0])
-        return self._masks[key][1]
+    def _made_ready(self, key: tuple[int, str], maps: Mapping[str, Any], here: Sequence[Change | None]) -> _Ready:
+        if not self.joins:
+            return _Ready(None, None, here)
+        low = [None if change is None else change.low_rank() for change in here]
+        product = self._products.get(key)
+        if product is None or not product.of(low):
+            product = self._products[key] = _Product(list(maps.values()), low)
+        others = [change if found is None else None for change, found in zip(here, low, strict=True)]
+        known = [found for found in low if found is not None]
+        masks = [m for _, _, m in known if m is not None]
+        if not masks:
+            return _Ready(product, None, others)
+        ones = [masks[0].new_ones(len(masks[0]), 1, len(A)) if m is None else m for A, _, m in known]
+        return _Ready(product, torch.cat(ones, -1)[:, 0], others)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """x / √(mean x² + ε) · weight; the root in fp32. On a CPU a third of the time of `F.rms_norm` in bf16."""
@@ -151,9 +160,20 @@ class Lean:
         return (x * scale).to(x.dtype) * weight
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """Maps that read the same x, for rows that ask for the same adapters as before: one product (None: each map by
+    itself), the m's of all side by side [S, Σρ], and the changes that are of no low rank."""
+
+    product: _Product | None
+    m: Tensor | None
+    others: Sequence[Change | None]
+
+
 class _Product:
-    """Linear maps that read the same x, and the differences of those with a low rank, as two matrices: W [Σwidth + Σρ,
-    reads] with b, and B [Σρ, Σwidth]."""
+    """Linear maps that read the same x, and the differences of those with a low rank: W [Σwidth + Σρ, reads] with b,
+    and B [Σρ, Σwidth]. Where each of several maps has the same rank, B is not a matrix of mostly zeros but n blocks of
+    equal width [n, ρ, Σwidth / n], of which block j belongs to map `owner[j]`."""
 
     def __init__(self, maps: Sequence[Any], low: Sequence[LowRank | None]) -> None:
         self.made_from = [None if found is None else found[0] for found in low]
@@ -173,6 +193,21 @@ class _Product:
                 self.W.new_zeros(w, 0) if part is None else part[1] for w, part in zip(self.widths, low, strict=True)
             ]
             self.B = torch.block_diag(*blocks).T.contiguous()  # type: ignore[no-untyped-call]
+        self.owner: Tensor | None = None
+        if len(found) == len(maps) > 1 and len({len(A) for A, _ in found}) == 1:
+            width = math.gcd(*self.widths)
+            self.owner = torch.tensor([k for k, w in enumerate(self.widths) for _ in range(w // width)])
+            self.owner = self.owner.to(self.W.device)
+            self.B = torch.stack([part.T for _, B in found for part in torch.split(B, width)]).contiguous()
+
+    def changed(self, y: Tensor, h: Tensor) -> Tensor:
+        """y [S, Σwidth] with B h for h [S, Σρ]."""
+        assert self.B is not None
+        if self.owner is None:
+            return torch.addmm(y, h, self.B)
+        S, (n, ρ, width) = len(y), self.B.shape
+        own = h.view(S, -1, ρ).transpose(0, 1).index_select(0, self.owner)
+        return (y.view(S, n, width) + torch.bmm(own, self.B).transpose(0, 1)).view(S, -1)
 
     def of(self, low: Sequence[LowRank | None]) -> bool:
         """Whether it was made from these."""

@@ -319,6 +319,11 @@ class Change:
             y = y + sum(self._mixed(group, x, y, mix) - y for group in groups) if groups else y
         return y
 
+    @property
+    def rows(self) -> Mix:
+        """The weights of the pass that runs."""
+        return self.acting.mix
+
     def low_rank(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """A [ρ, reads], B [width, ρ] and m [R, 1, ρ] (None for ones) with Σ w Δ = B (m ∘ A x), where a method that says
         so acts here alone; in passes without gradients."""
