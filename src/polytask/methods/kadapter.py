@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Self
 
@@ -134,7 +134,6 @@ class KAdapter(Method):
             for name in backbone.sites
             if name in at
         }
-        H: dict[str, Tensor] = {}
 
         def beside(_module: nn.Module, _args: Any, kwargs: dict[str, Any], out: Any) -> Any:
             mask, cache = _seen(backbone, kwargs["attention_mask"]), kwargs.get("past_key_values")
@@ -151,30 +150,43 @@ class KAdapter(Method):
             out.last_hidden_state = F.linear(torch.cat([out.last_hidden_state, a], -1), p["W"], p["b"])
             return out
 
-        handles = [_read(backbone, name, H) for name in parts]
-        handles.append(backbone.reader.register_forward_hook(beside, with_kwargs=True))
-        if backbone.kind == "encoder-decoder":
-            model: Any = backbone.model
-            handles.append(model.get_decoder().register_forward_pre_hook(_refuse))
-        try:
-            yield
-        finally:
-            for handle in handles:
+        with reading(backbone, parts) as H:
+            handle = backbone.reader.register_forward_hook(beside, with_kwargs=True)
+            try:
+                yield
+            finally:
                 handle.remove()
 
 
-def _read(backbone: Backbone, name: str, H: dict[str, Tensor]) -> Any:
-    """A hook that keeps the states at a site."""
-    site = backbone.sites[name]
-    module = backbone.model.get_submodule(site.path)
+@contextlib.contextmanager
+def reading(backbone: Backbone, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """What stands at these sites in the pass that runs, by name. An encoder-decoder refuses to write meanwhile: its
+    decoder would read what is made of it."""
+    H: dict[str, Tensor] = {}
 
-    def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        H[name] = args[0]
+    def hook(name: str) -> Any:
+        site = backbone.sites[name]
+        module = backbone.model.get_submodule(site.path)
 
-    def after(_module: nn.Module, _args: Any, out: Any) -> None:
-        H[name] = out[0] if isinstance(out, tuple) else out
+        def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            H[name] = args[0]
 
-    return module.register_forward_pre_hook(before) if site.point == "input" else module.register_forward_hook(after)
+        def after(_module: nn.Module, _args: Any, out: Any) -> None:
+            H[name] = out[0] if isinstance(out, tuple) else out
+
+        return (
+            module.register_forward_pre_hook(before) if site.point == "input" else module.register_forward_hook(after)
+        )
+
+    handles = [hook(name) for name in names]
+    if backbone.kind == "encoder-decoder":
+        model: Any = backbone.model
+        handles.append(model.get_decoder().register_forward_pre_hook(_refuse))
+    try:
+        yield H
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _seen(backbone: Backbone, mask: Any) -> Tensor:
@@ -191,5 +203,5 @@ def _seen(backbone: Backbone, mask: Any) -> Tensor:
 
 def _refuse(_module: nn.Module, _args: Any) -> None:
     raise UsageError(
-        "kadapter changes what heads read, and cannot act where an encoder-decoder writes; ask for its head's answer"
+        "this changes what heads read, and cannot act where an encoder-decoder writes; ask for its head's answer"
     )
