@@ -29,7 +29,7 @@ from polytask.inference.writing import Prompt, Sampling
 from polytask.methods import build
 from polytask.methods.composed import Seen
 from polytask.methods.lifting import Active, Plan, Terms, planned
-from polytask.tasks import Label, Task
+from polytask.tasks import Example, Label, Task
 
 PAIRS = [
     ("bottleneck", "pfeiffer"),
@@ -440,3 +440,27 @@ def test_adapters_of_other_weights_do_not_go_below():
     strange = replace(skills()[0], backbone=other.card())
     with pytest.raises(PolytaskError, match="adapters of one backbone"):
         keep(read("a + x"), {"a": skills()[1], "x": strange}.__getitem__, None, "both")
+
+
+def test_a_prompt_that_took_up_a_form_can_be_left_out(tmp_path: Path):
+    """ProMoT: a prompt is learnt first, a LoRA above it, and both answer alone, together, and the LoRA without it."""
+    base = writer("llama")
+    said = [Example(str(i), "the cat", "two dogs" if i % 2 else "no cat") for i in range(8)]
+    form = Task("form", "generation", tuple(said), tuple(said[:2]), instruction="Say.")
+    settings_ = pt.Settings(epochs=1, batch=4, lr=1e-2)
+    prompt = pt.adapt(base, form, "prompt", hyperparameters={"n": 3}, settings=settings_)
+    own = pt.adapt(base, replace(form, name="top"), "lora", settings=settings_, above=[prompt])
+    moved = {n: t + 0.2 for n, t in own.tensors.items() if n.endswith("/B")}
+    own = replace(own, tensors={**own.tensors, **moved})
+    assert own.above == (prompt.id,)
+    engine = Engine(base, adapters=[prompt, own])
+    ask = [pt.Ask("the cat sat", adapter=name) for name in ("top", "stack(form, top)", "bare(top)", "form")]
+    together, stacked, without, alone_ = engine.logprobs(ask, [" on the mat"] * 4)
+    torch.testing.assert_close(together, stacked)
+    for other in (without, alone_):
+        assert not torch.allclose(together, other, atol=1e-3)
+    plain = Engine(base, adapters=[replace(own, above=())])
+    [detached] = plain.logprobs([pt.Ask("the cat sat", adapter="top")], [" on the mat"])
+    torch.testing.assert_close(without, detached)
+    texts = engine.generate([replace(a, sampling=Sampling(max_tokens=4)) for a in ask])
+    assert texts[0].tokens == texts[1].tokens
