@@ -14,7 +14,7 @@ import torch
 from commands import run
 from made import one_line
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -137,6 +137,11 @@ def test_a_file_is_read(tmp_path: Path):
         ("  normalize: true", "  normalize: 1", "merge.yml:15: normalize = 1: a true or false is needed"),
         ("      weight: 1", "      epsilon: 1", "merge.yml:4: ties has no parameter 'epsilon'"),
         ("      weight: 1\n", "", "a has no weight; give it one"),
+        ("      weight: 1\n", "      weight: [1, {value: 2}]\n", "merge.yml:4: weight = [1, {'value': 2}]: a number"),
+        ("      weight: 1\n", "      weight: {filter: 3, value: 2}\n", "merge.yml:4: weight = {'filter': 3"),
+        ("      weight: 1\n", "      weight: [[1]]\n", "merge.yml:4: weight = [[1]]: a number is needed"),
+        ("merge_method: ties", "merge_method: [ties]", "merge.yml:12: merge_method \"['ties']\" is not done"),
+        ("dtype: bfloat16", "dtype: [float16]", "merge.yml:17: dtype ['float16']: one of float32"),
         ("base_model: base\n", "", "ties needs a base_model"),
         ("  - model: a\n", "  - weight: 1\n", "merge.yml:2: each of models needs a `model`"),
         ("  - model: a", "  - model: a+lora", "a model with a LoRA on it is not read"),
@@ -149,6 +154,12 @@ def test_what_is_not_done_is_said_with_its_line(tmp_path: Path, old: str, new: s
     with pytest.raises(UsageError) as error:
         read_mergekit(written(tmp_path, TIES.replace(old, new, 1)))
     assert says in one_line(error.value)
+
+
+def test_a_base_without_models(tmp_path: Path):
+    text = "models: [{model: a, parameters: {weight: 1}}]\nmerge_method: ties\nbase_model: a\n"
+    with pytest.raises(UsageError, match=r"merge\.yml:1: models: there is none beside the base"):
+        read_mergekit(written(tmp_path, text))
 
 
 def test_what_is_no_file():
@@ -266,18 +277,40 @@ def test_models_that_do_not_go_together(models: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"\x00" * 20)
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / "model.safetensors.index.json").write_text("{}")
     for name, says, kind in [
+        ("lost", "damaged: it says of no tensor where it is", PolytaskError),
         ("narrow", r"is \[32, 48\] and not \[32, 64\]", PolytaskError),
         ("short", "is not there; models of one architecture", PolytaskError),
         ("long", "is not in .*base; models of one architecture", PolytaskError),
         ("empty", "no model.safetensors and no model.safetensors.index.json", UsageError),
         ("broken", "damaged or not there", PolytaskError),
+        ("no/such/model", "no folder, and no model of the hub that can be had now", UsageError),
     ]:
         text = TIES.replace("model: a\n", f"model: {tmp_path / name}\n")
         with pytest.raises(kind, match=says) as error:
             merge_checkpoints(read_mergekit(config(models, tmp_path, text)), tmp_path / "out")
         one_line(error.value)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_of_a_type_that_cannot_be_merged_is_named(tmp_path: Path):
+    (tmp_path / "eight").mkdir()
+    save_file({"w": torch.zeros(2).to(torch.float8_e4m3fn)}, tmp_path / "eight" / "model.safetensors")
+    with pytest.raises(PolytaskError, match="tensor w is of type F8_E4M3, which is not read"):
+        Checkpoint(tmp_path / "eight")
+
+
+def test_numbers_that_are_counts_are_the_base_s(tmp_path: Path):
+    """Buffers of whole numbers are no weights."""
+    for name, k in (("base", 1), ("a", 2)):
+        (tmp_path / name).mkdir()
+        save_file({"ids": torch.tensor([k]), "w": torch.tensor([float(k)])}, tmp_path / name / "model.safetensors")
+    text = f"models: [{{model: {tmp_path}/a, parameters: {{weight: 2}}}}]\nmerge_method: task_arithmetic\n"
+    recipe = read_mergekit(written(tmp_path, text + f"base_model: {tmp_path}/base\n"))
+    merge_checkpoints(recipe, tmp_path / "out")
+    assert {n: t.tolist() for n, t in weights(tmp_path / "out").items()} == {"ids": [1], "w": [3.0]}
 
 
 def test_a_folder_that_holds_something_is_left_alone(models: Path, tmp_path: Path):
@@ -313,7 +346,8 @@ def test_the_command(models: Path, tmp_path: Path):
         (("--config", path), "--config needs --out"),
         (("x", "--config", path, "--out", tmp_path / "o"), "leave out x"),
         ((), "name the adapters to merge, or give --config FILE.yml"),
-        (("a", "b", "--out", tmp_path / "o"), "--out is for --config"),
+        (("a", "b", "--out", tmp_path / "o"), "--out and --shard are for --config"),
+        (("--config", path, "--out", tmp_path / "o", "--rule", "ties"), "leave out --rule"),
         (("--config", tmp_path / "no.yml", "--out", tmp_path / "o"), "cannot be read"),
     ]:
         refused = run("merge", *given)

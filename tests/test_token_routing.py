@@ -20,10 +20,11 @@ from polytask.composition import compose
 from polytask.composition.clustering import clusters
 from polytask.composition.routing.arrow import Arrow, arrow
 from polytask.composition.routing.meteora import MeteoRA
+from polytask.composition.routing.phatgoose import Phatgoose, phatgoose
 from polytask.composition.routing.token_level import trace
 from polytask.errors import PolytaskError, UsageError
 from polytask.inference import Engine, Request
-from polytask.methods import build, composed
+from polytask.methods import build, composed, methods
 from polytask.methods.composed import Composed, Seen, Sources
 from polytask.methods.lifting import Active, Plan, planned
 from polytask.methods.method import Method, Params
@@ -86,6 +87,49 @@ def test_joined_loras_do_what_each_does(ranks):
     assert {n for n in ready if n.endswith((".A", ".B", ".U"))} == {"-1.A", "-1.U", "1.U"}
     expected = sum(g[:, n, None] * change(y) for n, change in one_by_one(sources, x, y).items())
     torch.testing.assert_close(method.delta(ready, x, y), expected)
+
+
+ROWS = [name for name, one in methods().items() if one.rows]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_methods_with_rows_are_what_their_two_halves_make(name):
+    base = backbone()
+    one = active(base, name, 0)
+    group = Plan(base, [one]).groups[next(iter(one.at))][0]
+    [p] = group.params
+    site = base.sites[next(iter(one.at))]
+    x, y = torch.randn(5, site.reads), torch.randn(5, site.width)
+    U, c = one.method.up(p)
+    made = one.method.down({row: p[row] for row in one.method.rows}, x, y) @ U + (0 if c is None else c)
+    torch.testing.assert_close(made, one.method.delta(p, x, y), rtol=1e-4, atol=1e-4)
+    joined = {row: torch.cat([p[row], 2 * p[row]]) for row in one.method.rows}
+    wide = one.method.down(joined, x, y)
+    torch.testing.assert_close(wide[:, : len(U)], one.method.down(p, x, y), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lora", "bottleneck", "pfeiffer"])
+def test_a_joined_composition_is_the_one_of_each(kind, monkeypatch: pytest.MonkeyPatch):
+    """Weights by what each does along a direction, then the weighted sum, for what is joined and what is not."""
+
+    joined = []
+
+    class Given(Composed):
+        def join(self, p: Params, x: Tensor, y: Tensor, sources: Sources) -> Tensor:
+            joined.append(sources._wide is not None)
+            return sources.weighted(sources.along(y.sin(), y).softmax(-1), y)
+
+    base, batch = backbone(), tiny.batch(3)
+    parts = tuple(active(base, name, seed) for seed, name in enumerate((kind, "dora", kind)))
+    over = Active.of(Given(over=("0", "1", "2")), {}, parts)
+    with torch.no_grad():
+        together = Plan(base, [over]).hidden(batch)
+        assert any(joined)
+        joined.clear()
+        monkeypatch.setattr(composed.Bound, "_widened", lambda self, parts: parts)
+        apart = Plan(base, [over]).hidden(batch)
+    assert not any(joined)
+    torch.testing.assert_close(together[batch.mask], apart[batch.mask], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -438,6 +482,67 @@ class shelf:
 def test_an_owner_must_be_among_the_adapters():
     with pytest.raises(UsageError, match="owner nobody"):
         pt.adapt(backbone(), asked()[0].task, "meteora", hyperparameters={"owner": "nobody"}, over=skills())
+
+
+# -- PHATGOOSE ---------------------------------------------------------------------------------------------------------
+
+
+def test_phatgoose_by_hand():
+    """u = [1, 2, 3] is [−1.2247, 0, 1.2247] standardised, v₂ = [2, 0, 1] is [1.2247, −1.2247, 0]: z₂ = −1.5/√3; v₁ =
+    [.5, −1, .5] is [.7071, −1.4142, .7071]: z₁ = 0; w = [.7039, .2961]."""
+    one = build("lora", {"r": 1, "alpha": 1.0})
+    sources = [(one, {"A": torch.tensor([[1.0, 0, 0]]), "B": b[:, None]}) for b in torch.eye(2)]
+    v = torch.tensor([[0.5, -1.0, 0.5], [2.0, 0.0, 1.0]])
+    method, p = whole(Phatgoose(), {"v": v}, sources)
+    Δ = method.delta(p, torch.tensor([[1.0, 2.0, 3.0]]), torch.zeros(1, 2))
+    torch.testing.assert_close(Δ, torch.tensor([[0.7039, 0.2961]]), atol=1e-4, rtol=0)
+
+
+def test_a_gate_halves_its_adapter_at_first_and_is_all_that_is_trained():
+    base, batch = backbone(), tiny.batch(3)
+    one = skills()[0]
+    gate = pt.adapt(
+        base, asked()[0].task, "phatgoose_gate", over=[one], settings=pt.Settings(epochs=1, batch=16, lr=0.02)
+    )
+    assert {n.rpartition("/")[2] for n in gate.tensors if not n.startswith(("head", "task"))} == {"v"}
+    assert gate.card.trained_parameters == 32 * len(one.sites) + gate.tensors["head/W"].numel() + 4
+    assert any(gate.tensors[f"{site}/v"].any() for site in one.sites)
+    source = Active.of(build("lora", one.hyperparameters), one.tensors)
+    method = build("phatgoose_gate", gate.hyperparameters)
+    start = Active.of(method, method.start(base, 0), (source,))
+    with torch.no_grad():
+        half, same = (
+            Plan(base, [a]).hidden(batch, w) for a, w in ((source, torch.full((3, 1), 0.5)), (start, torch.ones(3, 1)))
+        )
+    torch.testing.assert_close(half[batch.mask], same[batch.mask], rtol=1e-5, atol=1e-5)
+    with pytest.raises(UsageError, match="a gate is for one adapter"):
+        pt.adapt(base, asked()[0].task, "phatgoose_gate", over=skills())
+
+
+def test_gates_that_know_nothing_of_each_other_route_together(tmp_path: Path):
+    base = backbone()
+    settings = pt.Settings(epochs=1, batch=16, lr=0.02)
+    gates = [pt.adapt(base, asked()[0].task, "phatgoose_gate", over=[one], settings=settings) for one in skills()[:2]]
+    ours = phatgoose(base, gates, head=skills()[0])
+    assert set(ours.needs) == {one.id for one in skills()[:2]}
+    ours.save(tmp_path / "all")
+    back = Adapter.load(tmp_path / "all")
+    answers = Engine(base, adapters=[*skills(), back]).answer([Request(t, adapter=back.id) for t in ("a e f", "g")])
+    assert all(a.output in "abcd" for a in answers)
+    found = trace(base, back, library(), "a e f")
+    assert len(found.weights) == len(skills()[0].sites)
+    site = "0.attn.q"
+    [ids] = base.tokenize(["a e f"])
+    u = base.upto(base.collate([ids]), 0)[0, : len(ids)]
+    v = torch.stack([gate.tensors[f"{site}/v"] for gate in gates])
+
+    def standard(t: Tensor) -> Tensor:
+        return (t - t.mean(-1, keepdim=True)) / (t.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+    expected = (standard(u) @ standard(v).T / 32**0.5).softmax(-1)
+    torch.testing.assert_close(found.weights[site], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UsageError, match="train its gate"):
+        phatgoose(base, skills())
 
 
 # -- what took what ----------------------------------------------------------------------------------------------------

@@ -19,8 +19,11 @@ def merge(
         ),
     ] = None,
     rule: Annotated[
-        str, typer.Option("--rule", "-r", metavar="RULE", help="See the merges of `polytask methods`.")
-    ] = "average",
+        str | None,
+        typer.Option(
+            "--rule", "-r", metavar="RULE", help="See the merges of `polytask methods`; average if not given."
+        ),
+    ] = None,
     weights: Annotated[
         str | None,
         typer.Option("--weights", "-w", metavar="W,W,...", help="One for each adapter; 1 if not given."),
@@ -59,8 +62,9 @@ def merge(
         Path | None, typer.Option("--out", metavar="FOLDER", help="Where to write them; for --config.")
     ] = None,
     shard: Annotated[
-        float, typer.Option("--shard", metavar="GB", help="The size of a file there, in GB; for --config.")
-    ] = 5.0,
+        float | None,
+        typer.Option("--shard", metavar="GB", help="The size of a file there, in GB; for --config. 5 if not given."),
+    ] = None,
     name: Annotated[str, typer.Option("--name", "-n", metavar="NAME", help="What to call the result.")] = "merged",
     library: options.Library = options.LIBRARY,
     base: Annotated[
@@ -87,12 +91,15 @@ def merge(
     mergekit's linear, task_arithmetic, ties, dare_linear or dare_ties.
     """
     if config is not None:
-        _checkpoints(config, out, shard, adapters or [], json)
+        given = {"--rule": rule, "--weights": weights, "--set": set_, "--data": data, "--rank": rank, "--head": head}
+        if idle := [*(adapters or ()), *(option for option, value in given.items() if value is not None)]:
+            raise UsageError(f"--config says what is merged and how; leave out {idle[0]}")
+        _checkpoints(config, out, 5.0 if shard is None else shard, json)
         return
     if not adapters:
         raise UsageError("name the adapters to merge, or give --config FILE.yml")
-    if out is not None:
-        raise UsageError("--out is for --config; an adapter goes into the library: --name and --library")
+    if out is not None or shard is not None:
+        raise UsageError("--out and --shard are for --config; an adapter goes into the library: --name and --library")
     from dataclasses import asdict
 
     from polytask.backbones import load
@@ -101,7 +108,7 @@ def merge(
     from polytask.library import Library
     from polytask.tasks import Task
 
-    how = build(rule, options.pairs(set_ or (), "--set"))
+    how = build(rule or "average", options.pairs(set_ or (), "--set"))
     try:
         numbers = None if weights is None else [float(w) for w in weights.split(",")]
     except ValueError:
@@ -146,11 +153,9 @@ def merge(
         show.write("it does not answer by itself: merge again with --head, or mix it with an adapter that has a head")
 
 
-def _checkpoints(config: Path, out: Path | None, shard: float, adapters: list[str], json: bool) -> None:
+def _checkpoints(config: Path, out: Path | None, shard: float, json: bool) -> None:
     if out is None:
         raise UsageError("--config needs --out: the folder to write the merged checkpoint to")
-    if adapters:
-        raise UsageError(f"--config says what is merged; leave out {adapters[0]}")
     from polytask.composition.mergekit import merge_checkpoints, read_mergekit
 
     recipe = read_mergekit(config)

@@ -63,7 +63,11 @@ class Checkpoint:
     def __post_init__(self) -> None:
         """Raises UsageError where the folder is no checkpoint, PolytaskError where a file is damaged."""
         if (self.folder / INDEX).is_file():
-            files = sorted(set(json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            try:
+                where = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+                files = sorted(set(where.values()))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise PolytaskError(f"{self.folder / INDEX}: damaged: it says of no tensor where it is") from None
         elif (self.folder / ONE).is_file():
             files = [ONE]
         else:

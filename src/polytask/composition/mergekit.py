@@ -99,14 +99,14 @@ def read_mergekit(path: Path | str) -> Recipe:
     for key in said:
         if key not in TOP:
             raise wrong((key,), f"{key}: " + ELSEWHERE.get(key, f"unknown; the fields are {', '.join(TOP)}"))
-    method = said.get("merge_method")
+    method = str(said.get("merge_method"))
     if method not in METHODS:
         raise wrong(("merge_method",), f"merge_method {method!r} is not done; {', '.join(METHODS)} are")
     if said.get("tokenizer_source") not in (None, "base", said.get("base_model")):
         raise wrong(("tokenizer_source",), "tokenizer_source: only the base model's tokenizer is kept; write base")
     dtypes = {}
     for key in ("dtype", "out_dtype"):
-        if said.get(key) is not None and said[key] not in DTYPES:
+        if said.get(key) is not None and str(said[key]) not in DTYPES:
             raise wrong((key,), f"{key} {said[key]!r}: one of {', '.join(DTYPES)}")
         dtypes[key] = DTYPES.get(str(said.get(key)))
     known = set(METHODS[method]) | {"weight"}
@@ -143,6 +143,8 @@ def read_mergekit(path: Path | str) -> Recipe:
         raise wrong(("merge_method",), f"{method} needs a base_model")
     whole = settings(said.get("parameters"), ("parameters",), False)
     listed = {model.ref for model in models}
+    if method != "linear" and listed == {base}:
+        raise wrong(("models",), "models: there is none beside the base")
     if method == "linear" and base is not None and base not in listed:
         models.append(Model(base, {}))
     for model in models:
@@ -325,11 +327,14 @@ _KINDS = {float: "number", bool: "true or false"}
 
 
 def _fits(value: Any, kind: type) -> bool:
-    if isinstance(value, dict):
-        return set(value) <= {"filter", "value"} and "value" in value and _fits(value["value"], kind)
-    if isinstance(value, list):
-        return bool(value) and all(_fits(part, kind) for part in value)
-    return isinstance(value, bool) if kind is bool else isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a setting of that kind: a value, a list of them, or filters with values."""
+    parts = value if isinstance(value, list) else [value]
+    if parts and all(isinstance(part, dict) for part in parts):
+        filters = all(isinstance(part.get("filter"), str | None) for part in parts)
+        return filters and all(set(p) <= {"filter", "value"} and _fits(p.get("value"), kind) for p in parts)
+    if kind is bool:
+        return bool(parts) and all(isinstance(part, bool) for part in parts)
+    return bool(parts) and all(isinstance(part, int | float) and not isinstance(part, bool) for part in parts)
 
 
 def _ref(said: str, wrong: Callable[[tuple[Any, ...], str], UsageError], where: tuple[Any, ...]) -> str:

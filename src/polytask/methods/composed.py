@@ -138,8 +138,16 @@ class Sources(Mapping[int, Callable[[Tensor], Tensor]]):
         inside = [place for place, n in enumerate(self) if n in together]
         return inside, {place: change for place, (n, change) in enumerate(self.items()) if n not in together}
 
+    def averaged(self, y: Tensor) -> Tensor:
+        """Δ(y) of one LoRA by the means of A and s B, where all sources here are LoRAs of one rank."""
+        wide = self._wide
+        assert wide is not None
+        assert len(wide.m) == len(self)
+        A, B = (t.view(len(self), -1, t.shape[1]).mean(0) for t in (wide.p["A"], wide.U))
+        return wide.read(y) @ A.T @ B
+
     def chosen(self, g: Tensor, which: Tensor, y: Tensor) -> Tensor:
-        """The same, where each token takes k of them: g [T, k], which [T, k] places in their order."""
+        """Σ_j g_j Δ_which_j(y) [T, width], where each token takes k: g [T, k], which [T, k] places in their order."""
         wide = self._wide
         if wide and len(wide.m) == len(self) and wide.takes(which.shape[1]):
             return wide.chosen(g.to(y.dtype), which, y)
@@ -230,8 +238,8 @@ class Bound(Method):
         return self.joined(self.outer.ready(own, first), self._widened(parts))
 
     def _widened(self, parts: dict[int, Params]) -> dict[int, Params]:
-        """Sources of one method with `rows` as one; of each one's own tensors stays its m, as the length of one without
-        numbers. Where there are several such methods, that of the most."""
+        """Sources of one method with `rows` as one; the m of each is the length of a tensor without numbers, named by
+        its number. Where there are several such methods, that of the most."""
         found: dict[Any, dict[int, Method]] = {}
         for s in self.sources:
             odd = s.method.positional or s.method.precise or (s.live and s.method.dropout)  # each reads its own x
@@ -246,7 +254,8 @@ class Bound(Method):
         wide["U"] = torch.cat([U for U, _ in ups.values()])
         if any(c is not None for _, c in ups.values()):
             wide["c"] = torch.stack([U.new_zeros(U.shape[1]) if c is None else c for U, c in ups.values()])
-        return parts | {n: {"m": U.new_empty(len(U), 0)} for n, (U, _) in ups.items()} | {WIDE: wide}
+        wide |= {str(n): U.new_empty(len(U), 0) for n, (U, _) in ups.items()}
+        return parts | {n: {} for n in several} | {WIDE: wide}
 
     def delta(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
         own, parts = self._parted(p)
@@ -254,10 +263,10 @@ class Bound(Method):
         parts |= {s.number: parts[s.number] | where for s in self.sources if s.method.positional}
         wide: Wide | None = None
         if joined := {name: t.to(y.dtype) for name, t in parts.pop(WIDE).items()}:
-            those = [s for s in self.sources if "m" in parts[s.number]]
-            m = {s.number: len(parts[s.number]["m"]) for s in those}
+            m = {s.number: len(joined.pop(str(s.number))) for s in self.sources if str(s.number) in joined}
+            method = next(s.method for s in self.sources if s.number in m)
             U, c = joined.pop("U"), joined.pop("c", None)
-            wide = Wide(those[0].method, joined, U, c, m, lambda new: self._read(x, y, new))
+            wide = Wide(method, joined, U, c, m, lambda new: self._read(x, y, new))
         changes = {
             s.number: wide.part(s.number)
             if wide and s.number in wide.m

@@ -179,6 +179,8 @@ def _joined(base: Backbone, plan: Plan, composer: Composer) -> tuple[dict[str, A
         raise UsageError(f"{plan.method} is made of no other adapters; those that are: {', '.join(COMPOSED)}")
     if not kind.learned:
         raise UsageError(f"{kind.name} is not trained: make it of its adapters, and train a head or more above it")
+    if "sites" in given:
+        raise UsageError(f"{plan.method} acts where the adapters act that it is made of: leave out sites")
     found = tuple(source(composer.terms(Name(one.id)), kind.name) for one in plan.over)
     reached = base.sites_for(writing=plan.reading.writes(plan.task))
     at = [site for site in sites(found) if site in reached]

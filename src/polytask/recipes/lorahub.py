@@ -43,28 +43,24 @@ PENALTY = 0.05
 
 def composed(over: Sequence[Adapter], w: Sequence[float]) -> dict[str, Tensor]:
     """Â and B̂ of every site. Raises UsageError where the adapters are not LoRAs of one shape and scale."""
-    first, *others = over
-    own = _factors(first)
-    for one in others:
-        its = _factors(one)
+    method, own = _lora(over[0])
+    each = [own]
+    for one in over[1:]:
+        other, its = _lora(one)
         if its.keys() != own.keys() or any(its[n].shape != t.shape for n, t in own.items()):
-            raise UsageError(f"lorahub: {first.name} and {one.name} differ in sites or rank; take LoRAs of one shape")
-        if _lora(one).s != _lora(first).s:
-            raise UsageError(f"lorahub: {first.name} and {one.name} differ in scale α/r; take LoRAs of one scale")
-    each = [_factors(one) for one in over]
+            raise UsageError(f"lorahub: {over[0].name} and {one.name} differ in sites or rank; take LoRAs of one shape")
+        if other.s != method.s:
+            raise UsageError(f"lorahub: {over[0].name} and {one.name} differ in scale α/r; take LoRAs of one scale")
+        each.append(its)
     return {n: torch.stack([w_i * p[n] for w_i, p in zip(w, each, strict=True)]).sum(0) for n in own}
 
 
-def _lora(adapter: Adapter) -> LoRA:
+def _lora(adapter: Adapter) -> tuple[LoRA, Mapping[str, Tensor]]:
+    """The method, and A and B of every site."""
     method = build(adapter.method, adapter.hyperparameters)
     if not isinstance(method, LoRA) or method.name != "lora":
         raise UsageError(f"lorahub sums the factors of LoRAs, and {adapter.name} is by {adapter.method}; leave it out")
-    return method
-
-
-def _factors(adapter: Adapter) -> Mapping[str, Tensor]:
-    _lora(adapter)
-    return {n: t for n, t in adapter.tensors.items() if not n.startswith(("head/", "task/"))}
+    return method, {n: t for n, t in adapter.tensors.items() if not n.startswith(("head/", "task/"))}
 
 
 def lorahub(
@@ -106,7 +102,7 @@ def lorahub(
     alone = composed(over, [0.0] * len(over))
     first = blackbox.begin(base, task, "lora", hyperparameters=over[0].hyperparameters, reading=reading, seed=seed)
     assert first.head is not None
-    method, head = _lora(over[0]), first.head
+    head, (method, _) = first.head, _lora(over[0])
     units = passes.encode(base, head, examples)
 
     def loss(tensors: Mapping[str, Tensor]) -> float:

@@ -12,8 +12,8 @@ from polytask.methods.selectors import Selector
 from polytask.tasks import Task
 
 # Peak learning rate by method, for AdamW with the head warm-started from a probe; the values that did best on the
-# validation splits of the development tasks with the embedded encoder, whose width is WIDTH; of LoReFT, OpAmp, Bitune
-# and K-Adapter their authors' at this width. Wider models need smaller ones: the rate falls as 1 / width, as for hidden
+# validation splits of the development tasks with the embedded encoder, whose width is WIDTH; of LoReFT, OpAmp, Bitune,
+# K-Adapter, ScaLearn and aTLAS their authors' at this width. Wider models need smaller ones: the rate falls as 1 / width, as for hidden
 # weights in Yang et al. 2022 (arXiv 2203.03466).
 WIDTH = 384
 LEARNING_RATES = {
@@ -44,6 +44,11 @@ LEARNING_RATES = {
     "opamp": 2e-3,
     "kadapter": 1e-4,
     "full": 1e-4,
+    "fusion": 1e-3,
+    "scalearn": 6e-3,
+    "scalearn_uniform": 6e-3,
+    "atlas": 1e-1,
+    "meteora": 2e-3,
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from polytask.adapters import Adapter
-from polytask.backbones import Backbone, Batch
+from polytask.backbones import Backbone
 from polytask.composition.compose import Composer
 from polytask.composition.learned.fusion import Fusion
 from polytask.errors import UsageError
@@ -76,16 +76,17 @@ def attention(
     numbered = replace(adapter, tensors=dict(adapter.tensors) | numbers)
     order, weights = planned([Composer(get, active).of(numbered)])
     plan = Plan(base, order)
+    writing = {at for at in adapter.sites if at.startswith("dec.") and not at.endswith((".cross.k", ".cross.v"))}
     totals = torch.zeros(len(adapter.sites), len(method.over), dtype=torch.float64)
     counts = torch.zeros(len(adapter.sites), 1, dtype=torch.float64)
     for unit in passes.encode(base, adapter.head, examples, limit):
         for ids in unit.ids:
             batch = base.collate([ids])
             if unit.written is not None:
-                batch = replace(batch, written=base.collate([unit.written]).ids)
+                batch = replace(batch, written=torch.tensor([unit.written], device=base.device))
             plan.hidden(batch, weights.to(base.device), causal=adapter.head.causal)
             for i, sources, s in watched.told:
-                s = s[:, : _tokens(batch, len(ids), unit.written, s)]
+                s = s if adapter.sites[i] in writing else s[:, : len(ids)]  # what comes after is padding
                 totals[i, list(sources)] += s.sum(1, dtype=torch.float64).cpu()
                 counts[i] += s.shape[1]
             watched.told.clear()
@@ -95,8 +96,3 @@ def attention(
         tuple(get(id).name for id in method.over),
         {adapter.sites[i]: tuple(means[i].tolist()) for i in read},
     )
-
-
-def _tokens(batch: Batch, read: int, written: list[int] | None, s: Tensor) -> int:
-    """How many of the tokens that a site saw [N, T] are no padding."""
-    return read if written is None or s.shape[1] == batch.ids.shape[1] else len(written)

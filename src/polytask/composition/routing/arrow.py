@@ -16,18 +16,16 @@ has one too, as long as it changes nothing but the weights of linear maps. One t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 
 import torch
 from torch import Tensor
 
-import polytask
-from polytask.adapters import Adapter, Card, Lineage
+from polytask.adapters import Adapter
 from polytask.backbones import Backbone, Site
 from polytask.composition.compose import sites, source
 from polytask.composition.low_rank import differences
-from polytask.composition.routing.token_level import TokenRouter, rows
-from polytask.errors import PolytaskError, UsageError
+from polytask.composition.routing.token_level import TokenRouter, check, routing, rows
+from polytask.errors import UsageError
 from polytask.methods import build
 from polytask.methods.lifting import Active
 from polytask.methods.lora import LoRA
@@ -70,15 +68,10 @@ def arrow(
     """
     if not adapters:
         raise UsageError("arrow routes among adapters: give some")
+    check(base, [*adapters, *([head] if head else [])])
     for one in adapters:
-        if one.backbone.fingerprint != base.fingerprint:
-            raise PolytaskError(
-                f"adapter {one.name} ({one.id}) belongs to other weights than those of {base.name}; load its own"
-            )
         if one.needs:
-            raise UsageError(
-                f"{one.name} is made of other adapters or stands on some: route among those, or merge them"
-            )
+            raise UsageError(f"{one.name} is made of other adapters or stands on some: route among those or merge")
     actives = [Active.of(build(one.method, one.hyperparameters), one.tensors) for one in adapters]
     for active in actives:
         source(((1.0, active),), "arrow")
@@ -87,21 +80,9 @@ def arrow(
     for at in sites(actives):
         none = torch.zeros(base.sites[at].reads)
         tensors[f"{at}/v"] = torch.stack([each.get(at, none) for each in prototypes])
-    ids = [one.id for one in adapters]
-    said = build("arrow", {"top_k": top_k, "temperature": temperature, "over": ids, "sites": [*sites(actives)]})
-    reader = head or adapters[0]
-    licences = {one.card.licence for one in adapters}
-    card = Card(
-        name=name,
-        task=reader.card.task,
-        lineage=Lineage(parents=tuple(ids), made_by=f"polytask {polytask.__version__}"),
-        licence="" if "" in licences else " AND ".join(sorted(licences)),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        recipe={"recipe": "arrow"},
-        notes=(f"routes each token among {', '.join(one.name for one in adapters)}; read by {reader.name}",),
-    )
-    kept = {n: t for n, t in reader.tensors.items() if n.startswith(("head/", "task/"))}
-    return Adapter("arrow", said.hyperparameters(), tensors | kept, base.card(), card, reader.head)
+    over = tuple(one.id for one in adapters)
+    method = Arrow(over, sites(actives), top_k=top_k, temperature=temperature)
+    return routing(base, method, tensors, adapters, head or adapters[0], name)
 
 
 def _prototypes(base: Backbone, adapter: Adapter, active: Active) -> dict[str, Tensor]:

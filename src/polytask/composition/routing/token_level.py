@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 
 import torch
 from torch import Tensor
 
-from polytask.adapters import Adapter
+import polytask
+from polytask.adapters import Adapter, Card, Lineage
 from polytask.adapters.expression import Name
 from polytask.backbones import Backbone
 from polytask.composition.compose import Composer
-from polytask.errors import UsageError
+from polytask.errors import PolytaskError, UsageError
 from polytask.methods import build
 from polytask.methods.composed import Composed, Sources
 from polytask.methods.lifting import Active, Plan, planned
@@ -49,6 +51,38 @@ class TokenRouter(Composed):
 def rows(t: Tensor, here: Sequence[int]) -> Tensor:
     """Those of the sources that act at a site, of t [N, ...], fp32."""
     return (t if len(here) == len(t) else t[list(here)]).float()
+
+
+def check(base: Backbone, adapters: Sequence[Adapter]) -> None:
+    """Raise PolytaskError where one belongs to another backbone."""
+    for one in adapters:
+        if one.backbone.fingerprint != base.fingerprint:
+            raise PolytaskError(
+                f"adapter {one.name} ({one.id}) belongs to other weights than those of {base.name}; load its own"
+            )
+
+
+def routing(
+    base: Backbone,
+    method: TokenRouter,
+    tensors: Mapping[str, Tensor],
+    made_from: Sequence[Adapter],
+    reader: Adapter,
+    name: str,
+) -> Adapter:
+    """An adapter by a router that is not trained, made from these adapters, with the head and task of `reader`."""
+    licences = {one.card.licence for one in made_from}
+    card = Card(
+        name=name,
+        task=reader.card.task,
+        lineage=Lineage(parents=tuple(one.id for one in made_from), made_by=f"polytask {polytask.__version__}"),
+        licence="" if "" in licences else " AND ".join(sorted(licences)),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        recipe={"recipe": method.name},
+        notes=(f"routes each token among {', '.join(one.name for one in made_from)}; read by {reader.name}",),
+    )
+    kept = {n: t for n, t in reader.tensors.items() if n.startswith(("head/", "task/"))}
+    return Adapter(method.name, method.hyperparameters(), {**tensors, **kept}, base.card(), card, reader.head)
 
 
 @dataclass(frozen=True)
@@ -86,6 +120,9 @@ class _Watched(Composed):
     precise = True
     router: TokenRouter = field(default_factory=TokenRouter)
     seen: dict[int, Tensor] = field(default_factory=dict, compare=False)
+
+    def ready(self, p: Params, frozen: Params) -> Params:
+        return self.router.ready(p, frozen) | {"number": p["number"]}
 
     def join(self, p: Params, x: Tensor, y: Tensor, sources: Sources) -> Tensor:
         here = [*sources]
