@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -47,10 +48,24 @@ def way(name: str, *each: float) -> Way:
 
 
 def test_a_way_is_better_by_more_than_chance():
-    """Differences .1, .3: mean .2, standard error √(.02/2) = .1, so .2 > .05; differences −1, 1.1: .05 < .5 · 1.05."""
+    """Differences .1, .3: mean .2, standard error √(.02/2) = .1; differences −1, 1.1: mean .05, error 1.05."""
     assert way("b", -0.9, -0.7).better_than(way("a", -1.0, -1.0))
     assert not way("b", -2.0, 0.1).better_than(way("a", -1.0, -1.0))
     assert not way("b", -1.0, -1.0).better_than(way("a", -1.0, -1.0))
+
+
+def test_the_mean_is_of_probabilities():
+    """Half of .2 and .6 is .4."""
+    one, two = way("a", math.log(0.2), math.log(0.5)), way("b", math.log(0.6), math.log(0.5))
+    torch.testing.assert_close(Way.mean([one, two]).each.exp(), torch.tensor([0.4, 0.5]))
+
+
+def test_lora_or_a_mean_with_it_is_taken_unless_another_is_surely_better():
+    lora, lucky, better = way("lora", -1.0, -1.0), way("x", 0.0, -1.9), way("y", -0.5, -0.6)
+    mean = Way.mean([lora, way("z", -0.9, -0.9)])
+    assert module._chosen([lucky, lora]) is lora
+    assert module._chosen([lucky, lora, mean]) is mean
+    assert module._chosen([lora, better, mean]) is better
 
 
 def test_folds_hold_each_example_once():
@@ -85,27 +100,37 @@ def test_the_spoilt_features_are_not_taken():
     found = reuse(base(), few(24), library(), settings=pt.Settings(epochs=1))
     scores = {w.name: w.score for w in found.ways}
     assert scores["on good"] > scores["on bad"]
-    assert "bad" not in found.taken
+    assert found.taken != "on bad"
 
 
-def test_what_is_taken_is_built(monkeypatch):
+@pytest.mark.parametrize(
+    ("wanted", "above", "made"), [("on bad", 1, 0), ("mean of two", 1, 1), ("lora from good", 0, 0), ("lora", 0, 0)]
+)
+def test_what_is_taken_is_built(wanted, above, made, monkeypatch):
     """Whatever way is the best one, the adapter is made so: on one adapter, on several, from one."""
-    for wanted, above, made in (("on bad", 1, 0), ("on good + bad", 1, 1), ("lora from good", 0, 0), ("lora", 0, 0)):
-        monkeypatch.setattr(Way, "better_than", lambda self, other, wanted=wanted: self.name == wanted)
-        order = ("good", "bad")
-        found = reuse(base(), few(12), library(), settings=pt.Settings(epochs=1))
-        if wanted not in {w.name for w in found.ways}:
-            wanted = "on bad + good"
-            monkeypatch.setattr(Way, "better_than", lambda self, other: self.name == "on bad + good")
-            found = reuse(base(), few(12), library(), settings=pt.Settings(epochs=1))
-        assert found.taken == wanted, order
-        assert (len(found.adapter.above), len(found.support)) == (above, made)
-        assert found.adapter.method == ("lora" if wanted.startswith("lora") else "head")
-        if wanted == "on bad":
-            assert found.adapter.above == (library()[1].id,)
-        if wanted == "lora from good":
-            assert library()[0].id in found.adapter.card.lineage.parents
-        assert any(wanted in note for note in found.adapter.card.notes)
+    name = {"mean of two": lambda w: w.name.startswith("on ") and "+" in w.name}.get(wanted, lambda w: w.name == wanted)
+    monkeypatch.setattr(module, "_chosen", lambda ways: next(w for w in ways if name(w)))
+    found = reuse(base(), few(12), library(), settings=pt.Settings(epochs=1))
+    assert (len(found.adapter.above), len(found.support)) == (above, made)
+    assert found.adapter.method == ("lora" if wanted.startswith("lora") else "head")
+    if wanted == "on bad":
+        assert found.adapter.above == (library()[1].id,)
+    if wanted == "lora from good":
+        assert library()[0].id in found.adapter.card.lineage.parents
+    assert any(found.taken in note for note in found.adapter.card.notes)
+
+
+def test_a_mean_of_several_answers_and_is_routed_to(monkeypatch):
+    monkeypatch.setattr(module, "_chosen", lambda ways: next(w for w in ways if w.members))
+    found = reuse(base(), few(12), library(), settings=pt.Settings(epochs=1))
+    assert len(found.support) == 3  # LoRA and a head on each of the two
+    assert found.adapter.card.scores["test"].n == 32
+    engine = Engine(base(), adapters=[*library(), *found.support, found.adapter])
+    [answer] = engine.answer([Request("a e f", adapter="new")])
+    each = engine.answer([Request("a e f", adapter=one.id) for one in found.support])
+    assert [part.output for part in answer.parts] == [one.output for one in each]
+    assert answer.output in {one.output for one in each}
+    assert "mean" in found.adapter.at("task")
 
 
 def test_without_examples_the_adapter_with_these_labels_answers():
@@ -122,7 +147,8 @@ def test_adapters_of_other_weights_are_left_out():
     assert [w.name for w in found.ways] == ["features", "lora"]
 
 
-def test_the_best_of_equals_is_the_cheaper(monkeypatch):
-    monkeypatch.setattr(Way, "score", property(lambda self: 0.0))
+def test_nothing_surely_better_leaves_lora_or_its_mean(monkeypatch):
+    monkeypatch.setattr(Way, "better_than", lambda self, other: False)
     found = reuse(base(), few(8), library(), settings=pt.Settings(epochs=1))
     assert isinstance(found.ways[1].below, Name)
+    assert found.taken.startswith("lora")

@@ -6,14 +6,17 @@
 2. `on NAME`: a new head on what one adapter makes of the text, for each adapter of the library.
 3. `on A + B + ...`: a new head on the mean of the best two, three or five of them.
 4. `lora`: LoRA from nothing, with its head; and `lora from NAME`, from the best adapter that is one.
+5. `lora and on A, on B, ...`, where one label is to be chosen: the mean of their probabilities, the best three heads.
 
 All are compared by cross-validation on the task's own examples, so that a handful will do, and by log-likelihood, which
-tells ways apart where accuracies of eight answers do not. A way takes the place of a cheaper one where it is better by
-more than `MARGIN` of the standard error of the difference, example by example. Without any example, the adapter whose
-training inputs lie nearest to the task's instruction answers, if its labels are the task's.
+tells ways apart where accuracies of eight answers do not. Still the best of twenty on eight examples is often lucky. So
+what is taken is LoRA from nothing or the mean, whichever scores better, unless another way is better than that by more
+than `MARGIN` standard errors of the difference, example by example. Without any example, the adapter whose training
+inputs lie nearest to the task's instruction answers, if its labels are the task's.
 
 Heads on features of related tasks: the linear probe of Kornblith, Shlens, Le 2019 (arXiv 1805.08974); choosing among
-many sources by a probe on few labels: Poth, Pfeiffer, Rücklé, Gurevych 2021 (arXiv 2104.08247).
+many sources by a probe on few labels: Poth, Pfeiffer, Rücklé, Gurevych 2021 (arXiv 2104.08247); the mean of several
+models in place of the one that looks best: Caruana, Niculescu-Mizil, Crew, Ksikes 2004.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polytask.adapters import Adapter, HeadCard
-from polytask.adapters.expression import Expression, Mix, Name
+from polytask.adapters.expression import Ensemble, Expression, Mix, Name
 from polytask.backbones import Backbone, heads, text
 from polytask.composition.kept import keep
 from polytask.errors import UsageError
@@ -39,22 +42,23 @@ from polytask.methods import build, passes
 from polytask.methods.lifting import Active, Terms, planned
 from polytask.methods.lifting import Plan as Run
 from polytask.methods.passes import Seat, Unit
-from polytask.recipes.adapt import Plan, adapt, automatic
+from polytask.recipes.adapt import Plan, adapt, automatic, measure
 from polytask.recipes.reading import Reading
 from polytask.tasks import Task
 from polytask.training import Job, Settings, probe, train
 from polytask.training.learner import targets_of
 
-MARGIN = 0.5  # standard errors of the difference
+MARGIN = 1.0  # standard errors of the difference
 FOLDS = 5
 MIXED = (2, 3, 5)  # how many of the best adapters are mixed
+LEADERS = 3  # of the best heads, how many stand beside LoRA in the mean
 LOOKED_AT = 32  # adapters of a library whose features are tried: those of the nearest tasks
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to answer: a method on top of what `below` does, which begins with the adapter `begin`. `score` is s_w with
-    its standard error, `each` [n] its terms, and `seconds` what finding them took."""
+    """A way to answer: a method on top of what `below` does, which begins with the adapter `begin`, or the mean of
+    `members`. `score` is s_w, `each` [n] its terms, and `seconds` what finding them took."""
 
     name: str
     below: Expression | None
@@ -62,6 +66,13 @@ class Way:
     each: Tensor
     seconds: float
     begin: str | None = None
+    members: tuple[Way, ...] = ()
+
+    @classmethod
+    def mean(cls, members: Sequence[Way]) -> Way:
+        """Of probabilities, which their terms are the logarithms of."""
+        each = torch.stack([way.each for way in members]).logsumexp(0) - math.log(len(members))
+        return cls(" and ".join(way.name for way in members), None, "", each, 0.0, members=tuple(members))
 
     @property
     def score(self) -> float:
@@ -125,37 +136,35 @@ def reuse(
             mean = Mix(tuple((1 / k, way.below) for way in singles[:k] if way.below))
             ways.append(trial.on_top(f"on {' + '.join(way.name.removeprefix('on ') for way in singles[:k])}", mean))
             tell(_said(ways[-1]))
-    ways.append(trial.trained("lora", None))
-    tell(_said(ways[-1]))
+    scratch = trial.trained("lora", None)
+    ways.append(scratch)
+    tell(_said(scratch))
     first = next((way for way in singles if trial.begins(way)), None)
     if first is not None and isinstance(first.below, Name):
         ways.append(trial.trained(f"lora from {first.name.removeprefix('on ')}", first.below.name))
         tell(_said(ways[-1]))
-    taken = ways[0]
-    for way in ways[1:]:
-        taken = way if way.better_than(taken) else taken
+    if task.kind == "classification" and singles:
+        ways.append(Way.mean([scratch, *singles[:LEADERS]]))
+        tell(_said(ways[-1]))
+    taken = _chosen(ways)
     tell(f"taken: {taken.name}")
 
-    above: list[Adapter] = []
-    support: list[Adapter] = []
-    if isinstance(taken.below, Name):
-        above = [trial.get(taken.below.name)]
-    elif taken.below is not None:
-        above = support = [keep(taken.below, trial.get, None, f"{task.name}.below")]
-    begin = trial.get(taken.begin) if taken.begin else None
-    plan = trial.plan(task, taken.method, begin)
-    adapter = adapt(
-        base,
-        task,
-        taken.method,
-        hyperparameters=plan.hyperparameters,
-        settings=plan.settings,
-        reading=reading,
-        begin=begin,
-        above=above,
-        library=_Known(trial.get, support),
-    )
     notes = (f"reuse took {taken.name!r} of {len(ways)} ways: {', '.join(map(_said, _shown(ways, taken)))}",)
+    if not taken.members:
+        adapter, support = trial.made(taken, task, reading)
+    else:
+        made = [
+            trial.made(way, replace(task, name=f"{task.name}.{i}"), reading) for i, way in enumerate(taken.members, 1)
+        ]
+        members = [one for one, _ in made]
+        support = [*members, *(one for _, more in made for one in more)]
+        known_ = _Known(trial.get, support)
+        adapter = keep(Ensemble(tuple(Name(one.id) for one in members)), known_.get, None, task.name)
+        adapter = replace(adapter, tensors={n: t for n, t in members[0].tensors.items() if n.startswith("task/")})
+        test = [e for e in task.test if e.output is not None]
+        scores = {"test": measure(base, adapter, task, test, settings.tokens, known_)} if test else {}
+        card = adapter.card.model_copy(update={"task": task.card(), "scores": scores})
+        adapter = replace(adapter, card=card)
     card = adapter.card.model_copy(update={"notes": (*adapter.card.notes, *notes)})
     return Reused(replace(adapter, card=card), tuple(support), tuple(ways), taken.name)
 
@@ -273,6 +282,29 @@ class _Trial:
         whole = automatic(self.base, plan)
         return whole if begin is None else replace(whole, hyperparameters=dict(begin.hyperparameters))
 
+    def made(self, way: Way, task: Task, reading: Reading) -> tuple[Adapter, list[Adapter]]:
+        """The way's adapter, from all examples, and what was made for it."""
+        above: list[Adapter] = []
+        support: list[Adapter] = []
+        if isinstance(way.below, Name):
+            above = [self.get(way.below.name)]
+        elif way.below is not None:
+            above = support = [keep(way.below, self.get, None, f"{task.name}.below")]
+        begin = self.get(way.begin) if way.begin else None
+        plan = self.plan(task, way.method, begin)
+        adapter = adapt(
+            self.base,
+            task,
+            way.method,
+            hyperparameters=plan.hyperparameters,
+            settings=plan.settings,
+            reading=reading,
+            begin=begin,
+            above=above,
+            library=_Known(self.get, support),
+        )
+        return adapter, support
+
     def _targets(self, members: Sequence[int]) -> Tensor:
         return targets_of(self.head, [self.units[i] for i in members], [self.y[i] for i in members])
 
@@ -316,6 +348,13 @@ def _untrained(base: Backbone, task: Task, known: Sequence[Adapter]) -> Reused:
     said = F.normalize(said, dim=0)
     nearest = max(same, key=lambda one: float(said @ one.at("task").get("mean", -said)))
     return Reused(nearest, (), (), f"{nearest.name} as it is")
+
+
+def _chosen(ways: Sequence[Way]) -> Way:
+    """LoRA from nothing or a mean with it, unless another is better by more than chance."""
+    safe = max((way for way in ways if way.name == "lora" or way.members), key=lambda way: way.score)
+    best = max(ways, key=lambda way: way.score)
+    return best if best.better_than(safe) else safe
 
 
 def _shown(ways: Sequence[Way], taken: Way) -> list[Way]:
