@@ -22,6 +22,8 @@ BENCHES: dict[str, tuple[str, ...]] = {
     "packing": ("bench.packing",),
     "decode": ("bench.decode",),
     "methods": ("bench.methods",),
+    "compose": ("bench.compose",),
+    "route": ("bench.route",),
     "quantised": ("bench.quantised",),
     "train_scores": ("bench.train", "--scores"),
     "together_scores": ("bench.together", "--scores"),
@@ -36,6 +38,8 @@ QUICK: dict[str, tuple[str, ...]] = {
     "packing": ("--rounds", "3", "--examples", "96"),
     "decode": ("--rounds", "3"),
     "methods": ("--rounds", "3", "--examples", "64"),
+    "compose": ("--rounds", "3"),
+    "route": ("--rounds", "3"),
     "quantised": ("--rounds", "3"),
 }
 

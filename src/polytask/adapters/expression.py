@@ -4,6 +4,7 @@
     -a                     weight −1: what a taught is taken away
     bare(a)                a without the adapters that it was trained on
     stack(a, b)            b acts on what a left: y ← y + Δ_a(y), then y ← y + Δ_b(y)
+    fuse(a, b)             one LoRA, whose parameters are the means of theirs
     split(16, a, b)        a acts on the first 16 tokens of a text, b on the rest
     parallel(a, b)         several answers to one input, from one pass
     ensemble(a, b)         the mean of what a and b put out: of their heads' probabilities
@@ -162,6 +163,10 @@ class Stack(_Several):
     """Each part acts on what those before it left."""
 
 
+class Fuse(_Several):
+    """One LoRA, whose parameters are the means of the parts'."""
+
+
 class Parallel(_Several):
     """An answer of each part."""
 
@@ -230,6 +235,11 @@ def bare(name: str) -> Bare:
 def stack(*parts: Expression | str) -> Stack:
     """`stack("lang", "task")`: each acts on what those before it left."""
     return Stack(tuple(map(_part, parts)))
+
+
+def fuse(*parts: Expression | str) -> Fuse:
+    """`fuse("a", "b")`: LoRAs as one, by the means of their parameters."""
+    return Fuse(tuple(map(_part, parts)))
 
 
 def split(at: int | tuple[int, ...], *parts: Expression | str) -> Split:
@@ -351,7 +361,7 @@ class _Reader:
         name = self.name()
         if not self.take("("):
             return Name(name)
-        if name not in ("mix", "bare", "stack", "split", "parallel", "ensemble", "pipeline"):
+        if name not in ("mix", "bare", "stack", "fuse", "split", "parallel", "ensemble", "pipeline"):
             raise self.wrong(f"there is no {name}(...)")
         parts: list[Expression] = []
         at: list[int] = []
@@ -391,7 +401,7 @@ class _Reader:
             return Bare(parts[0].name, head)
         if name == "split":
             return Split(tuple(parts), head, tuple(at))
-        return {"stack": Stack, "parallel": Parallel, "ensemble": Ensemble}[name](tuple(parts), head)
+        return {"stack": Stack, "fuse": Fuse, "parallel": Parallel, "ensemble": Ensemble}[name](tuple(parts), head)
 
 
 def _terms(part: Expression) -> tuple[tuple[float, Expression], ...]:

@@ -262,6 +262,42 @@ def import_(
 
 
 @app.command()
+def route(
+    tasks: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TASK...", help="Those of all adapters, as `polytask adapt` reads them.", show_default=False
+        ),
+    ],
+    library: options.Library = options.LIBRARY,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", "-b", metavar="NAME", help="The backbone, where the adapters' own name does not load."),
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    """Train the dlp-lora router on the tasks' inputs, and keep it here.
+
+    For example:
+      polytask library route tickets.csv questions.jsonl
+      polytask predict --router dlp-lora --set p=0.6
+
+    It takes seconds, and is to be done again when an adapter is added or
+    removed. The other routers need no training.
+    """
+    from polytask.backbones import load
+    from polytask.skills import Library
+
+    kept = Library(library, create=False)
+    read = [options.read_task(source) for source in tasks]
+    if base is not None:
+        kept.use(load(base))
+    found = kept.learn_routing(read)
+    said = f"dlp-lora in {library} picks among {', '.join(found.names)}; {found.right:.1%} right on inputs kept apart"
+    _done(json, said, router="dlp-lora", adapters=list(found.ids), names=list(found.names), right=found.right)
+
+
+@app.command()
 def build(
     tasks: Annotated[
         list[str],

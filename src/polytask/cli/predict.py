@@ -36,6 +36,18 @@ def predict(
             help="Who answers: a name, name@version, an id, or a mixture such as '0.7*a + 0.3*b'. Routed if not given.",
         ),
     ] = None,
+    router: Annotated[
+        str | None,
+        typer.Option(
+            "--router",
+            metavar="NAME",
+            help="How adapters are picked: see the routers of `polytask methods`; nearest-task if not given.",
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A hyperparameter of the router; may be given again."),
+    ] = None,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", metavar="FILE", help="Lines to read; standard input if not given.")
     ] = None,
@@ -54,13 +66,16 @@ def predict(
       polytask predict --file new.txt --adapter tickets --json
     A mixture of two:
       polytask predict --file new.txt --adapter "0.7*first + 0.3*second"
+    The three nearest adapters together, for each line:
+      polytask predict --file new.txt --router lora-retriever --set k=3
     Pairs of texts, with a tab between, or as JSON:
       printf 'How do I thaw bread?\tCan I freeze bread?' | polytask predict
       echo '{"input": "one", "pair": "two"}' | polytask predict --json
 
     Each line is one input. Without --adapter the router picks the adapter
     whose task is nearest, or says "none of these" (in JSON, output and adapter
-    are null). With --json a line may also be an object with "input" (a text,
+    are null). Where it lets several answer, "by" has them with their weights.
+    With --json a line may also be an object with "input" (a text,
     or a list of words for a tagger), "pair" and "adapter".
     """
     if file is not None and not file.is_file():
@@ -71,7 +86,12 @@ def predict(
 
     from polytask.skills import Library
 
-    engine, ref = _who(Library(library, create=False), adapter, base, precision)
+    if adapter is not None and (router is not None or set_):
+        raise UsageError(f"--adapter {adapter} says who answers, and --router and --set who is to pick: give one")
+    kept = Library(library, create=False)
+    engine, ref = _who(kept, adapter, base, precision)
+    if adapter is None:
+        engine.router = kept.router(router or "nearest-task", options.pairs(set_ or (), "--set"))
     if file is None:
         if sys.stdin.isatty():
             print("one input a line; Ctrl-D ends", file=sys.stderr)
@@ -201,6 +221,8 @@ def described(engine: Engine, request: Request, answer: Answer | None) -> dict[s
     output = answer.output
     row["output"] = list(output) if isinstance(output, tuple) else output
     row |= {"probability": answer.probability, "adapter": answer.adapter, "name": answer.name, "routed": answer.routed}
+    if answer.by is not None:
+        row["by"] = answer.by
     if answer.parts:
         row["parts"] = [described(engine, request, part) for part in answer.parts]
     reader = next((a for a in engine.adapters if a.id == answer.adapter), None)
@@ -216,4 +238,4 @@ def _line(row: dict[str, Any]) -> str:
     output = show.answer(tuple(row["output"]) if isinstance(row["output"], list) else row["output"], row.get("tokens"))
     given = " ".join(row["input"]) if isinstance(row["input"], list) else row["input"]
     text = given if row["pair"] is None else f"{given}  ⇄  {row['pair']}"
-    return "\t".join([output, show.percent(row["probability"]), row["name"] or "-", text])
+    return "\t".join([output, show.percent(row["probability"]), row.get("by") or row["name"] or "-", text])

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from polytask.adapters import Adapter
-from polytask.adapters.expression import Bare, Expression, Mix, Name, Split, Stack
+from polytask.adapters.expression import Bare, Expression, Fuse, Mix, Name, Split, Stack
+from polytask.composition.fused import fuse
 from polytask.composition.kept import expression_of
 from polytask.composition.mixed import Mixed
 from polytask.composition.splitted import Splitted
@@ -122,6 +123,8 @@ class Composer:
             return mix([w for w, _ in expression.terms], parts)
         if isinstance(expression, Stack):
             return stack([self.terms(part, above=above or i > 0) for i, part in enumerate(expression.parts)])
+        if isinstance(expression, Fuse):
+            return fuse([self.terms(part, above=above) for part in expression.parts])
         if isinstance(expression, Split):
             return split(expression.at, [self.terms(part, above=above) for part in expression.parts])
         kind = type(expression).__name__.lower()

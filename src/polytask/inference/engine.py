@@ -24,7 +24,8 @@ from polytask.backbones import Backbone, heads, text
 from polytask.composition.compose import Composer, Reader
 from polytask.composition.ensembled import ensembled, refuse_unlike
 from polytask.composition.kept import expression_of
-from polytask.composition.routing.nearest_task import Choice, NearestTask, Profile
+from polytask.composition.routing.nearest_task import NearestTask
+from polytask.composition.routing.router import Known, Routed, Router
 from polytask.errors import PolytaskError, UsageError
 from polytask.inference.answers import Options, say, weigh
 from polytask.inference.generation import generate, stream
@@ -75,7 +76,8 @@ class Ask:
 class Answer:
     """An output with its probability: its head's, or that of its text. `adapter` is who answered (None where no adapter
     was near), `name` its name, `routed` the router's probability for it where it was routed. `mass` is the
-    attentiveness of a choice by likelihood: how much probability falls on its options."""
+    attentiveness of a choice by likelihood: how much probability falls on its options. `by` is the expression that
+    answered where the router let several adapters answer together; `adapter` is then the one whose head read."""
 
     output: Output | None
     probability: float | None
@@ -84,6 +86,7 @@ class Answer:
     routed: float | None = None
     mass: float | None = None
     parts: tuple[Answer, ...] = ()
+    by: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,9 +119,18 @@ class _Loaded:
 class Engine:
     """One backbone and the adapters loaded so far. Safe to call from several threads; calls take turns."""
 
-    def __init__(self, backbone: Backbone, source: Source | None = None, adapters: Sequence[Adapter] = ()) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        source: Source | None = None,
+        adapters: Sequence[Adapter] = (),
+        router: Router | None = None,
+    ) -> None:
+        """`router` says who answers requests that name nobody: the nearest task's adapter if not given."""
         self.backbone = backbone
         self.source = source
+        self.router: Router = router or NearestTask()
+        self._known: Known | None = None
         self._loaded: dict[str, _Loaded] = {}
         self._names: dict[str, str] = {}
         self._routed: set[str] = set()
@@ -142,6 +154,7 @@ class Engine:
                 self._loaded[adapter.id] = self._fit(adapter)
             if routed:
                 self._routed.add(adapter.id)
+                self._known = None
                 self._names[adapter.name] = adapter.id
             return adapter.id
 
@@ -150,6 +163,7 @@ class Engine:
         with self._lock:
             self._loaded.pop(id, None)
             self._routed.discard(id)
+            self._known = None
             self._names = {name: at for name, at in self._names.items() if at != id}
             self._plans.clear()
             self._readers.clear()
@@ -210,26 +224,24 @@ class Engine:
         self._names.setdefault(ref, found)
         return found
 
-    def answer(self, requests: Sequence[Request], limit: int = 256) -> list[Answer]:
-        """An answer for each request, in order."""
+    def answer(self, requests: Sequence[Request], limit: int = 256, router: Router | None = None) -> list[Answer]:
+        """An answer for each request, in order. `router`: another than the engine's, for those that name nobody."""
         with self._lock, torch.no_grad():
-            return self._answer([_parted(request) for request in requests], limit)
+            return self._answer([_parted(request) for request in requests], limit, router or self.router)
 
-    def _answer(self, requests: list[Request], limit: int) -> list[Answer]:
+    def _answer(self, requests: list[Request], limit: int, router: Router) -> list[Answer]:
         answers: list[Answer | None] = [None] * len(requests)
-        routed: dict[int, Choice] = {}
+        routed: dict[int, Routed] = {}
         open_ = [i for i, r in enumerate(requests) if r.adapter is None]
         if open_:
-            ids, router = self.router()
             texts = [Example("", r.input, pair=r.pair).text for r in (requests[i] for i in open_)]
-            fits = torch.tensor([[self._pairs(id) == (requests[i].pair is not None) for id in ids] for i in open_])
-            choices = router.route(self.embed(texts, limit), fits.reshape(len(open_), len(ids)))
-            for i, choice in zip(open_, choices, strict=True):
-                if choice.index is None:
-                    answers[i] = Answer(None, None, None, None, choice.probability)
+            pairs = [requests[i].pair is not None for i in open_]
+            for i, one in zip(open_, self.route(self.embed(texts, limit), pairs, router), strict=True):
+                if not one.weights:
+                    answers[i] = Answer(None, None, None, None, one.sure)
                     continue
-                routed[i] = choice
-                requests[i] = replace(requests[i], adapter=ids[choice.index])
+                routed[i] = one
+                requests[i] = replace(requests[i], adapter=router.expression(one.weights))
         programs = {i: self._program(self.expression(r.adapter), r) for i, r in enumerate(requests) if r.adapter}
         asked = {i: next(program) for i, program in programs.items()}
         while asked:
@@ -240,8 +252,7 @@ class Engine:
                 try:
                     ahead[i] = programs[i].send([next(found) for _ in each])
                 except StopIteration as end:
-                    share = routed[i].probability if i in routed else None
-                    answers[i] = replace(end.value, routed=share)
+                    answers[i] = self._told(end.value, router, routed[i]) if i in routed else end.value
             asked = ahead
         return [a for a in answers if a is not None]
 
@@ -450,16 +461,26 @@ class Engine:
         self._readers.move_to_end(key)
         return self._readers[key]
 
-    def _pairs(self, id: str) -> bool:
-        head = self._loaded[id].adapter.head
-        return head is not None and head.pair != "none"
+    @property
+    def known(self) -> Known:
+        """The adapters that inputs are routed to: those with a profile of their task."""
+        with self._lock:
+            if self._known is None:
+                self._known = Known.of([one.adapter for id, one in self._loaded.items() if id in self._routed])
+            return self._known
 
-    def router(self) -> tuple[list[str], NearestTask]:
-        """The ids of the adapters that inputs are routed to, those with a profile of their task, and the router."""
-        known = [(id, loaded.adapter.at("task")) for id, loaded in self._loaded.items() if id in self._routed]
-        with_profile = [(id, t) for id, t in known if "mean" in t and "spread" in t]
-        profiles = [Profile(t["mean"], float(t["spread"][0]), float(t["spread"][1])) for _, t in with_profile]
-        return [id for id, _ in with_profile], NearestTask(profiles)
+    def route(self, embeddings: Tensor, pairs: Sequence[bool], router: Router | None = None) -> list[Routed]:
+        """Who answers inputs with these embeddings [R, d], each one text or a pair."""
+        known = self.known
+        return (router or self.router).choose(known, embeddings, known.fits(pairs))
+
+    def _told(self, answer: Answer, router: Router, routed: Routed) -> Answer:
+        """The answer, with how it came to be routed so."""
+        by = None
+        if len(routed.weights) > 1:
+            shown = {id: round(weight, 4) for id, weight in routed.weights.items()}
+            by = str(router.expression(shown).named(lambda id: self._loaded[id].adapter.name))
+        return replace(answer, routed=routed.sure, by=by)
 
     def embed(self, texts: Sequence[str], limit: int = 256) -> Tensor:
         """Mean-pooled last hidden states [N, d] of the backbone alone, fp32, on the CPU."""

@@ -5,6 +5,7 @@ library.sqlite                     the index (or at a SQLAlchemy URL)
 adapters/<id>/                     one adapter: adapter.safetensors, adapter.json
 trash/<id>/                        removed ones, until they are restored or forgotten
 forgetting/<id>.json, <id>/        on their way out: a forget that was killed goes on at the next open
+routers/                           what routers have learnt about this library
 forgotten.jsonl                    what was forgotten, when, its hash, and why
 """
 

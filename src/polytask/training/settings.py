@@ -13,8 +13,8 @@ from polytask.tasks import Task
 
 # Peak learning rate by method, for AdamW with the head warm-started from a probe; the values that did best on the
 # validation splits of the development tasks with the embedded encoder, whose width is WIDTH; of LoReFT, OpAmp, Bitune,
-# K-Adapter, ScaLearn and aTLAS their authors' at this width. Wider models need smaller ones: the rate falls as 1 / width, as for hidden
-# weights in Yang et al. 2022 (arXiv 2203.03466).
+# K-Adapter, ScaLearn and aTLAS their authors' at this width. Wider models need smaller ones: the rate falls as
+# 1 / width, as for hidden weights in Yang et al. 2022 (arXiv 2203.03466).
 WIDTH = 384
 LEARNING_RATES = {
     "lora": 2e-3,

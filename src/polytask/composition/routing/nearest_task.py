@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from polytask.composition.routing.router import TEMPERATURE, Known, Mixing, Routed, decided, nobody, router
+
 KIND = "router"
 NAME = "nearest-task"
 PLACE = "input"
@@ -57,30 +59,48 @@ class Choice:
     z: float
 
 
-@dataclass(frozen=True)
-class NearestTask:
+@router(NAME)
+class NearestTask(Mixing):
     """`temperature` τ of the softmax over cosines; `threshold` in deviations below which an input is foreign."""
 
-    profiles: Sequence[Profile]
-    temperature: float = 0.05
+    profiles: Sequence[Profile] = ()
+    temperature: float = TEMPERATURE
     threshold: float = 2.0
 
     def route(self, embeddings: Tensor, fits: Tensor | None = None) -> list[Choice]:
-        """A choice for each row of embeddings [R, d]. `fits` [R, tasks] bool says which tasks a row may go to at all
-        (a pair of texts only to a task over pairs); None: to any."""
+        """A choice among `profiles` for each row of embeddings [R, d]. `fits` [R, tasks] bool says which tasks a row
+        may go to at all (a pair of texts only to a task over pairs); None: to any."""
         if not self.profiles:
             return [Choice(None, 0.0, 0.0)] * len(embeddings)
-        e = F.normalize(embeddings.float(), dim=-1)
-        μ = torch.stack([p.mean for p in self.profiles]).to(e)
-        m = torch.tensor([p.typical for p in self.profiles]).to(e)
-        s = torch.tensor([p.spread for p in self.profiles]).to(e)
-        c = e @ μ.T
-        if fits is not None:
-            c = c.masked_fill(~fits.to(c.device), -torch.inf)
-        best = c.argmax(-1)
-        p = (c / self.temperature).softmax(-1).gather(1, best[:, None])[:, 0]
-        z = ((c - m) / s).gather(1, best[:, None])[:, 0]
+        N = len(self.profiles)
+        every = torch.ones(len(embeddings), N, dtype=torch.bool) if fits is None else fits
+        nothing = torch.zeros(N, dtype=torch.long)
+        known = Known(
+            tuple(map(str, range(N))),
+            ("",) * N,
+            torch.stack([p.mean for p in self.profiles]),
+            torch.tensor([p.typical for p in self.profiles]),
+            torch.tensor([p.spread for p in self.profiles]),
+            nothing.bool(),
+            nothing.bool(),
+            nothing,
+        )
+        best, p, c = self._nearest(known, embeddings, every)
+        z = known.deviations(c, best)
         return [
-            Choice(i if zi >= -self.threshold else None, pi if zi > -torch.inf else 0.0, zi)
+            Choice(i if zi >= -self.threshold else None, pi, zi)
             for i, pi, zi in zip(best.tolist(), p.nan_to_num(0.0).tolist(), z.tolist(), strict=True)
         ]
+
+    def choose(self, known: Known, embeddings: Tensor, fits: Tensor) -> list[Routed]:
+        if not known.ids:
+            return nobody(len(embeddings))
+        best, p, c = self._nearest(known, embeddings, fits)
+        return decided(known, best[:, None], torch.ones(len(best), 1), p, known.near(c, best, self.threshold))
+
+    def _nearest(self, known: Known, embeddings: Tensor, fits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The nearest task of each row [R], its probability, and all cosines [R, N]."""
+        c = known.cosines(embeddings, fits)
+        best = c.argmax(-1)
+        p = (c / self.temperature).softmax(-1).gather(1, best[:, None])[:, 0]
+        return best, p, c
