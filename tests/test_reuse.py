@@ -130,7 +130,9 @@ def test_a_mean_of_several_answers_and_is_routed_to(monkeypatch):
     each = engine.answer([Request("a e f", adapter=one.id) for one in found.support])
     assert [part.output for part in answer.parts] == [one.output for one in each]
     assert answer.output in {one.output for one in each}
+    assert engine.answer([Request("a e f")])[0].adapter not in {one.id for one in found.support}
     assert "mean" in found.adapter.at("task")
+    assert not any(one.at("task") for one in found.support)
 
 
 def test_without_examples_the_adapter_with_these_labels_answers():

@@ -156,11 +156,13 @@ def reuse(
         made = [
             trial.made(way, replace(task, name=f"{task.name}.{i}"), reading) for i, way in enumerate(taken.members, 1)
         ]
-        members = [one for one, _ in made]
+        profile = {n: t for n, t in made[0][0].tensors.items() if n.startswith("task/")}
+        # Inputs are routed to the mean, and not to its members.
+        members = [replace(one, tensors={n: t for n, t in one.tensors.items() if n not in profile}) for one, _ in made]
         support = [*members, *(one for _, more in made for one in more)]
         known_ = _Known(trial.get, support)
         adapter = keep(Ensemble(tuple(Name(one.id) for one in members)), known_.get, None, task.name)
-        adapter = replace(adapter, tensors={n: t for n, t in members[0].tensors.items() if n.startswith("task/")})
+        adapter = replace(adapter, tensors=profile)
         test = [e for e in task.test if e.output is not None]
         scores = {"test": measure(base, adapter, task, test, settings.tokens, known_)} if test else {}
         card = adapter.card.model_copy(update={"task": task.card(), "scores": scores})
