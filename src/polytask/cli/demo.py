@@ -50,6 +50,7 @@ def demo(
 
     from polytask.backbones import load
     from polytask.inference import Engine, Request
+    from polytask.inference.engine import parted
     from polytask.library import Library
     from polytask.recipes.adapt import Plan, adapt_many
     from polytask.recipes.reading import Reading
@@ -73,7 +74,7 @@ def demo(
     reports = [report(adapter, library) for adapter in adapters]
 
     inputs = (HERE / ("requests.txt" if generate else "inputs.txt")).read_text(encoding="utf-8").splitlines()
-    requests = [Request(text) for text in inputs]
+    requests = [parted(Request(text)) for text in inputs]
     engine = Engine(backbone, adapters=adapters)
     answers = [described(engine, r, found) for r, found in zip(requests, engine.answer(requests), strict=True)]
     seconds = time.perf_counter() - began

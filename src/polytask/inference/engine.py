@@ -227,7 +227,7 @@ class Engine:
     def answer(self, requests: Sequence[Request], limit: int = 256, router: Router | None = None) -> list[Answer]:
         """An answer for each request, in order. `router`: another than the engine's, for those that name nobody."""
         with self._lock, torch.no_grad():
-            return self._answer([_parted(request) for request in requests], limit, router or self.router)
+            return self._answer([parted(request) for request in requests], limit, router or self.router)
 
     def _answer(self, requests: list[Request], limit: int, router: Router) -> list[Answer]:
         answers: list[Answer | None] = [None] * len(requests)
@@ -515,7 +515,7 @@ def _example(request: Request, head: HeadCard, owner: str) -> Example:
     return Example("", given, pair=request.pair, extra={"options": request.options} if request.options else {})
 
 
-def _parted(request: Request) -> Request:
+def parted(request: Request) -> Request:
     """A text with one tab in it is a pair."""
     if request.pair is not None or not isinstance(request.input, str) or request.input.count("\t") != 1:
         return request
