@@ -381,6 +381,14 @@ def test_parallel_and_pipeline():
         engine.answer([Request(text, adapter="0.5*parallel(a, b)")])
     with pytest.raises(UsageError, match="adapters of one task"):
         engine.answer([Request(text, adapter="ensemble(a, kind)")])
+    for said, why in (
+        ("ensemble(a, kind)", "adapters of one task"),
+        ("pipeline(kind, z=ensemble(a, kind))", "adapters of one task"),
+        ("parallel(a, parallel(b, a))", "gives answers"),
+        ("a + nobody", "no adapter 'nobody'"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            engine.check(read(said))
     with pytest.raises(UsageError, match="no adapter 'nobody'"):
         engine.answer([Request(text, adapter="a + nobody")])
 

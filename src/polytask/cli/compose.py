@@ -47,7 +47,8 @@ def compose(
     said = understood(expression, kept.entry)
     entries = [kept.entry(ref) for ref in said.names()]
     engine = Engine(load(base or entries[0].backbone), source=kept)
-    head = None if answers(said) else kept.get(engine.reader(said).head)  # which refuses what does not go together
+    engine.check(said)
+    head = None if answers(said) else kept.get(engine.reader(said).head)
     entry = kept.entry(kept.add(keep(said, kept.get, head, name)))
     if json:
         show.write_json(

@@ -270,10 +270,7 @@ class Engine:
             several = yield [_Ask(request, self.reader(part)) for part in expression.parts]
             return Answer(None, None, None, None, parts=tuple(one.answer for one in several))
         if isinstance(expression, Ensemble):
-            weights, parts = zip(*(_weighted(part) for part in expression.parts), strict=True)
-            readers = [self.reader(part) for part in parts]
-            heads_ = [self._head(reader) for reader in readers]
-            refuse_unlike(heads_, [self._loaded[reader.head].adapter.name for reader in readers])
+            weights, readers, heads_ = self._members(expression)
             several = yield [_Ask(request, reader, whole=True) for reader in readers]
             who = self._loaded[self._composer.head(expression)].adapter
             z = [one.logits for one in several if one.logits is not None]
@@ -282,6 +279,25 @@ class Engine:
             return Answer(output, probability, who.id, who.name, parts=tuple(one.answer for one in several))
         [alone] = yield [_Ask(request, self.reader(expression))]
         return alone.answer
+
+    def check(self, expression: Expression) -> None:
+        """Raise UsageError where parts cannot go together, before anything is asked."""
+        if isinstance(expression, Pipeline):
+            for part in expression.parts:
+                self.check(self.expression(part))
+        elif isinstance(expression, Ensemble):
+            self._members(expression)
+        else:
+            for part in expression.parts if isinstance(expression, Parallel) else (expression,):
+                self.reader(part)
+
+    def _members(self, ensemble: Ensemble) -> tuple[list[float], list[Reader], list[HeadCard]]:
+        """How much each part counts, who they are, and their heads, which answer with the same things."""
+        weighted = [_weighted(part) for part in ensemble.parts]
+        readers = [self.reader(part) for _, part in weighted]
+        heads_ = [self._head(reader) for reader in readers]
+        refuse_unlike(heads_, [self._loaded[reader.head].adapter.name for reader in readers])
+        return [weight for weight, _ in weighted], readers, heads_
 
     def _head(self, reader: Reader) -> HeadCard:
         adapter = self._loaded[reader.head].adapter
