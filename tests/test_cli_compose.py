@@ -59,6 +59,27 @@ def test_a_kept_expression_answers_as_the_expression_does(skills, said):
     assert run("compose", said, "-n", "both", "-l", skills).out.startswith(f"both@1 ({entry.id}) is in {skills}")
 
 
+def test_routers_are_kept_and_trained_above(skills, tmp_path):
+    table = write_table(tmp_path / "again.csv")
+    common = ["-l", skills, "--epochs", "1", "--json"]
+    assert run("adapt", table, "-n", "three", "-m", "lora", "--seed", "1", *common).status == 0
+    done = run("compose", "arrow(one, three, head=three)", "-n", "any", "-l", skills, "--json")
+    assert done.status == 0, done.err
+    kept = Library(skills, create=False)
+    made = kept.get("any")
+    assert (made.method, made.needs) == ("arrow", (kept.entry("one").id, kept.entry("three").id))
+    assert done.json["head"] == kept.entry("three").id
+    assert asked(skills, "any")[0]["output"] is not None
+    done = run("adapt", table, "-n", "top", "-m", "head", "--above", "any", "-l", skills, "--json")
+    assert done.status == 0, done.err
+    assert kept.get("top").above == (made.id,)
+    for name in ("one", "three"):
+        done = run("adapt", table, "-n", f"{name}-gate", "-m", "phatgoose_gate", "--over", name, *common)
+        assert done.status == 0, done.err
+    assert run("compose", "phatgoose(one-gate, three-gate)", "-n", "gated", "-l", skills).status == 0
+    assert kept.get("gated").method == "phatgoose"
+
+
 def test_what_others_are_made_of_stays(skills):
     made = run("compose", "one + two", "-n", "both", "-l", skills, "--json").json["adapter"]
     for verb in (["rm"], ["forget", "--yes"]):
@@ -98,6 +119,9 @@ def test_an_adapter_on_top_of_another(skills, tmp_path):
         ("stack(one", "is missing"),
         ("0.5*ensemble(one, two)", "gives answers"),
         ("what(one, two)", "there is no what"),
+        ("arrow(one)", "at least two"),
+        ("arrow(one, 2*two)", "under a name first"),
+        ("one + arrow(one, two)", "polytask compose"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(skills, said, why):

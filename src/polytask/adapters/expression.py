@@ -9,6 +9,7 @@
     parallel(a, b)         several answers to one input, from one pass
     ensemble(a, b)         the mean of what a and b put out: of their heads' probabilities
     pipeline(a, yes=b, else=c)     a answers, and its answer says who answers next
+    arrow(a, b), phatgoose(a, b)   each token goes to some of them, by tensors that are worked out when it is kept
 
 Names are those of adapters, or their ids. The head that reads the result is that of the part with the greatest weight,
 of a stack's last part, or of the adapter named by `head=`: `mix(a, 0.5*b, head=b)`.
@@ -26,6 +27,9 @@ from polytask.errors import UsageError
 NUMBER = r"\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+(?:e[+-]?\d+)?"
 # A name may have a minus or dot inside: `tickets-v2`. One between names needs a space before it.
 TOKEN = re.compile(rf'\s*(?:({NUMBER})(?![\w.\-:/@])|([+*(),=-])|"([^"]+)"|([^\s+*(),="-][^\s+*(),="]*))')
+
+
+ROUTERS = ("arrow", "phatgoose")  # token by token, without training
 
 
 class Expression:
@@ -188,6 +192,22 @@ class Split(_Several):
 
     def __str__(self) -> str:
         return self._said("split", *map(str, self.at), *map(str, self.inside))
+
+
+@dataclass(frozen=True)
+class Routed(_Several):
+    """Each token goes to some of the adapters, by the router `by` of ROUTERS."""
+
+    by: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.inside) < 2:
+            raise UsageError(f"{self.by}: at least two adapters are needed")
+        if not all(isinstance(part, Name) for part in self.inside):
+            raise UsageError(f"{self}: {self.by} routes among adapters; keep what is inside it under a name first")
+
+    def __str__(self) -> str:
+        return self._said(self.by, *map(str, self.inside))
 
 
 @dataclass(frozen=True)
@@ -361,7 +381,7 @@ class _Reader:
         name = self.name()
         if not self.take("("):
             return Name(name)
-        if name not in ("mix", "bare", "stack", "fuse", "split", "parallel", "ensemble", "pipeline"):
+        if name not in ("mix", "bare", "stack", "fuse", "split", "parallel", "ensemble", "pipeline", *ROUTERS):
             raise self.wrong(f"there is no {name}(...)")
         parts: list[Expression] = []
         at: list[int] = []
@@ -401,6 +421,8 @@ class _Reader:
             return Bare(parts[0].name, head)
         if name == "split":
             return Split(tuple(parts), head, tuple(at))
+        if name in ROUTERS:
+            return Routed(tuple(parts), head, name)
         return {"stack": Stack, "fuse": Fuse, "parallel": Parallel, "ensemble": Ensemble}[name](tuple(parts), head)
 
 

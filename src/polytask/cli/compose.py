@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from polytask.cli import options, show
+
+if TYPE_CHECKING:
+    from polytask.adapters import Adapter
 
 
 def compose(
@@ -32,24 +35,34 @@ def compose(
       polytask compose "stack(german, tickets)" --name tickets-de
       polytask compose "ensemble(tickets, 2*tickets-v2)" --name sure
       polytask compose "pipeline(kind, question=faq, else=tickets)" --name desk
+      polytask compose "arrow(tickets, questions, rude)" --name any
 
-    Nothing is copied: it names the adapters that it is made of, which the
+    Nothing is copied but a router's few vectors: it names the adapters that it is made of, which the
     library then keeps as long as it is there. Any command that takes an
     adapter takes it, and `predict --adapter` takes the expression itself.
     """
-    from polytask.adapters.expression import understood
+    from polytask.adapters.expression import Routed, understood
     from polytask.backbones import load
     from polytask.composition.kept import answers, keep
+    from polytask.composition.routing import ROUTERS
     from polytask.inference import Engine
     from polytask.library import Library
 
     kept = Library(library, create=False)
     said = understood(expression, kept.entry)
     entries = [kept.entry(ref) for ref in said.names()]
-    engine = Engine(load(base or entries[0].backbone), source=kept)
-    engine.check(said)
-    head = None if answers(said) else kept.get(engine.reader(said).head)
-    entry = kept.entry(kept.add(keep(said, kept.get, head, name)))
+    backbone = load(base or entries[0].backbone)
+    head: Adapter | None
+    if isinstance(said, Routed):
+        members = [kept.get(ref) for ref in said.names()]
+        head = kept.get(said.head) if said.head else members[0]
+        adapter = ROUTERS[said.by](backbone, members, head=head, name=name)
+    else:
+        engine = Engine(backbone, source=kept)
+        engine.check(said)
+        head = None if answers(said) else kept.get(engine.reader(said).head)
+        adapter = keep(said, kept.get, head, name)
+    entry = kept.entry(kept.add(adapter))
     if json:
         show.write_json(
             {

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from polytask.adapters import Adapter
-from polytask.adapters.expression import Bare, Expression, Fuse, Mix, Name, Split, Stack
+from polytask.adapters.expression import Bare, Expression, Fuse, Mix, Name, Routed, Split, Stack
+from polytask.composition.divided import Divided
 from polytask.composition.fused import fuse
 from polytask.composition.kept import expression_of
 from polytask.composition.mixed import Mixed
-from polytask.composition.splitted import Splitted
 from polytask.composition.stacked import Stacked
 from polytask.errors import UsageError
 from polytask.methods.composed import Composed
@@ -47,7 +47,7 @@ def split(at: Sequence[int], parts: Sequence[Terms]) -> Terms:
                     f"split: {active.method.name} acts on whole texts, not on some of their tokens; use adapters whose "
                     "method acts at sites, such as lora or bottleneck"
                 )
-    return ((1.0, Active.of(Splitted(at=tuple(at)), {}, [_single(part) for part in parts])),)
+    return ((1.0, Active.of(Divided(at=tuple(at)), {}, [_single(part) for part in parts])),)
 
 
 def _apart(active: Active) -> bool:
@@ -127,6 +127,8 @@ class Composer:
             return fuse([self.terms(part, above=above) for part in expression.parts])
         if isinstance(expression, Split):
             return split(expression.at, [self.terms(part, above=above) for part in expression.parts])
+        if isinstance(expression, Routed):
+            raise UsageError(f"{expression}: its tensors are worked out when it is kept: `polytask compose` it first")
         kind = type(expression).__name__.lower()
         raise UsageError(f"{expression}: {kind} gives answers, so it cannot be part of something else")
 

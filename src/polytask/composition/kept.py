@@ -23,6 +23,7 @@ from polytask.tasks import TaskCard
 class Kept(Composed):
     """expression: over ids, as `polytask.adapters.expression` writes it."""
 
+    learned = False
     expression: str = ""
 
 

@@ -144,7 +144,7 @@ def adapt_many(
         given, sources = _joined(base, plan, composer)
         method, selector = selectors.build(plan.method, given)
         if method.composed and not sources:
-            raise UsageError(f"{method.name} joins adapters: say which, with `over`")
+            raise UsageError(f"{method.name} joins adapters: say which, with `over` (--over A,B,...)")
         if head.text and method.name == "head":
             raise UsageError(f"task {plan.task.name} is answered in text, which has no head to train")
         slots = method.slots + sum(active.method.slots for terms in below for _, active in terms)
@@ -176,9 +176,10 @@ def _joined(base: Backbone, plan: Plan, composer: Composer) -> tuple[dict[str, A
         return given, ()
     kind = COMPOSED.get(plan.method)
     if kind is None or not issubclass(kind, Composed):
-        raise UsageError(f"{plan.method} is made of no other adapters; those that are: {', '.join(COMPOSED)}")
+        trained = ", ".join(name for name, one in COMPOSED.items() if issubclass(one, Composed) and one.learned)
+        raise UsageError(f"{plan.method} is made of no other adapters; those that are: {trained}")
     if not kind.learned:
-        raise UsageError(f"{kind.name} is not trained: make it of its adapters, and train a head or more above it")
+        raise UsageError(f"{kind.name} is not trained: `polytask compose` it, and train a head or more above it")
     if "sites" in given:
         raise UsageError(f"{plan.method} acts where the adapters act that it is made of: leave out sites")
     found = tuple(source(composer.terms(Name(one.id)), kind.name) for one in plan.over)

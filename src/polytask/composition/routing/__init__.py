@@ -1,5 +1,8 @@
 """Routers: weights over adapters from an input. One file each."""
 
-from polytask.composition.routing import arrow as _arrow  # noqa: F401  # each enters its method
-from polytask.composition.routing import meteora as _meteora  # noqa: F401
-from polytask.composition.routing import phatgoose as _phatgoose  # noqa: F401
+from polytask.composition.routing import meteora as _meteora  # noqa: F401  # enters its method
+from polytask.composition.routing.arrow import arrow
+from polytask.composition.routing.phatgoose import phatgoose
+
+ROUTERS = {"arrow": arrow, "phatgoose": phatgoose}
+"""What makes the adapters that `adapters.expression.ROUTERS` names."""

@@ -23,7 +23,7 @@ PAPER = "adapters: Poth et al. 2023, arXiv 2311.11077"
 
 
 @dataclass(frozen=True)
-class Splitted(Composed):
+class Divided(Composed):
     """at: where the second and later parts begin, in tokens."""
 
     name = NAME

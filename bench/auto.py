@@ -1,0 +1,91 @@
+"""What `auto` and `race` find, against training every method: score and cost on eight tasks with MiniLM.
+
+    POLYTASK_DATA=... python -m bench.auto
+
+For each of TASKS every method that fits is trained once at its own rate, as `polytask compare --methods all` does it.
+The best of them is the one with the best validation score, which is what a user would keep; its test score is compared
+with that of `auto` and of `race`. The best test score of all is printed too: it is a maximum over some forty methods on
+the same examples, and so too high. Cost is seconds of training over the seconds of all methods. Rows stand in
+bench/results/auto.jsonl and are not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import polytask as pt
+from polytask.recipes.compare import compare, schedule
+
+TASKS = (
+    *("banking77_intent", "blimp_pairs", "cr_polarity", "csabstruct"),
+    *("hate_offensive", "scicite", "sgd_intent", "sib200_en_topic"),
+)
+TRAIN, VALIDATION, TEST, EPOCHS = 256, 128, 500, 8
+SHOWN = "{:.1f} | {:.1f} | {:.1f} | {:.3f} | {:.1f} | {:.3f} |"
+RESULTS = Path(__file__).parent / "results/auto.jsonl"
+
+
+def task_of(data: Path, name: str) -> pt.Task:
+    """The task with few examples; what its validation split lacks comes from the end of its training split."""
+    task = pt.Task.read(data / "tasks" / name)
+    validation = (*task.validation, *task.train[TRAIN:])[:VALIDATION]
+    return replace(task, train=task.train[:TRAIN], validation=validation, test=task.test[:TEST])
+
+
+def measure(base: pt.Backbone, task: pt.Task, name: str) -> dict[str, Any]:
+    settings = pt.Settings(epochs=EPOCHS)
+    folder = Path(tempfile.gettempdir()) / f"polytask-auto-{base.fingerprint[:8]}-{base.precision}" / name
+    found = compare(
+        base,
+        task,
+        schedule(base, task, None, settings=settings),
+        folder=folder,
+        on_trial=lambda at, trial, new: print(
+            f"  {name} {trial if isinstance(trial, str) else trial.method}", flush=True
+        ),
+    )
+    row: dict[str, Any] = {
+        "task": name,
+        "methods": {t.method: [t.validation, t.scores["test"].value, t.seconds] for t in found.trials},
+    }
+    for way in ("auto", "race"):
+        made = pt.adapt(base, task, way, settings=settings)
+        scores = made.card.scores
+        row[way] = [scores["validation"].value, scores["test"].value, made.card.seconds, made.method]
+    return row
+
+
+def main() -> None:
+    data = Path(os.environ["POLYTASK_DATA"])
+    base = pt.load("minilm")
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    for name in TASKS:
+        if not any(row["task"] == name for row in rows):
+            rows.append(measure(base, task_of(data, name), name))
+            RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print("| task | best method | its test | best test of all | auto | cost | race | cost |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    lines = []
+    for row in rows:
+        best = max(row["methods"], key=lambda m: row["methods"][m][0])
+        seconds = sum(took for _, _, took in row["methods"].values())
+        lines.append(
+            (
+                100 * row["methods"][best][1],
+                100 * max(test for _, test, _ in row["methods"].values()),
+                *(x for way in ("auto", "race") for x in (100 * row[way][1], row[way][2] / seconds)),
+            )
+        )
+        print(f"| {row['task']} | {best} | " + SHOWN.format(*lines[-1]))
+    means = [mean(column) for column in zip(*lines, strict=True)]
+    print("| mean | | " + SHOWN.format(*means))
+
+
+if __name__ == "__main__":
+    main()
