@@ -147,7 +147,7 @@ class Composer:
         if adapter.id not in self._made:
             active = self.active(adapter)
             if isinstance(active.method, Composed):
-                sources = [source(self.terms(Name(id)), active.method.name) for id in active.method.over]
+                sources = [source(self.terms(Name(id)), type(active.method)) for id in active.method.over]
                 active = Active.of(active.method, adapter.tensors, sources, still=active.still)
             self._made[adapter.id] = active
         return self._made[adapter.id]
@@ -163,12 +163,17 @@ class Composer:
         return self.head(expression.parts[-1])
 
 
-def source(terms: Terms, method: str) -> Active:
-    """What an adapter is to a composed method. Raises UsageError where it acts at no site."""
+def source(terms: Terms, kind: type[Composed]) -> Active:
+    """What an adapter is to a composed method. Raises UsageError where it cannot join it."""
+    if kind.made_of is not None:
+        [(weight, active), *more] = terms
+        if more or weight != 1 or type(active.method) is not kind.made_of:
+            raise UsageError(f"{kind.name} joins adapters by {kind.made_of.name}, and this is by {active.method.name}")
+        return active
     for _, active in terms:
         if _apart(active):
             raise UsageError(
-                f"{method} joins what adapters do at sites, and {active.method.name} acts on "
+                f"{kind.name} joins what adapters do at sites, and {active.method.name} acts on "
                 f"{'virtual tokens' if active.method.slots else 'the whole model'}; leave it out"
             )
     return _single(terms)

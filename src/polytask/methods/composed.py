@@ -8,8 +8,9 @@ sources': lifting, mixed batches, mixtures and training hold for it as they are.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -161,6 +162,8 @@ class Composed(Method):
     composed = True
     learned: ClassVar[bool] = True
     """Whether training makes it; else its tensors follow from its sources."""
+    made_of: ClassVar[type[Method] | None] = None
+    """The method whose adapters alone it is made of; None for all that act at sites."""
     over: tuple[str, ...] = ()
     sites: tuple[str, ...] = ()
 
@@ -169,6 +172,16 @@ class Composed(Method):
 
     def join(self, p: Params, x: Tensor, y: Tensor, sources: Sources) -> Tensor:
         """Δ [T, width] for one row, from the method's own tensors at the site and the sources' changes."""
+        raise NotImplementedError(type(self).__name__)
+
+    def around(
+        self,
+        backbone: Backbone,
+        at: Mapping[str, Params],
+        sources: Sequence[tuple[Method, Mapping[str, Params]]],
+    ) -> contextlib.AbstractContextManager[None]:
+        """`inside`, for a composed method that is `opaque`: `at` has its own tensors by site, and `sources` each
+        source's method and tensors."""
         raise NotImplementedError(type(self).__name__)
 
 

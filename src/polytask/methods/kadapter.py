@@ -25,8 +25,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -127,35 +127,74 @@ class KAdapter(Method):
         z = norm("attn", z + F.dropout(linear("o", h), drop))
         return norm("mlp", z + F.dropout(linear("2", F.gelu(linear("1", z))), drop))
 
+    def states(self, parts: Mapping[str, Params], H: Mapping[str, Tensor], seen: Seen, *, training: bool) -> Tensor:
+        """[H_L; a_K] Wᵀ + b, from the parts' tensors by site and the states H that they read."""
+        layer = seen.layer
+        a: Tensor | None = None
+        for name, p in parts.items():
+            x = H[name] if a is None else H[name] + a
+            z = F.linear(x, p["W_d"], p["b_d"])
+            for n in range(self.inner):
+                z = self.T(p, n, z, seen.mask, seen.cache, layer, training=training)
+                layer += 1
+            a = x + F.linear(z, p["W_u"], p["b_u"])
+        assert a is not None
+        return F.linear(torch.cat([seen.last, a], -1), p["W"], p["b"])
+
     @contextlib.contextmanager
     def inside(self, backbone: Backbone, at: Mapping[str, Params], *, training: bool = False) -> Iterator[None]:
-        parts = {
-            name: {n: t.to(backbone.device, backbone.dtype) for n, t in at[name].items()}
-            for name in backbone.sites
-            if name in at
-        }
+        parts = on(backbone, at)
 
-        def beside(_module: nn.Module, _args: Any, kwargs: dict[str, Any], out: Any) -> Any:
-            mask, cache = _seen(backbone, kwargs["attention_mask"]), kwargs.get("past_key_values")
-            layer = len(backbone.blocks)
-            a: Tensor | None = None
-            for name, p in parts.items():
-                x = H.pop(name) if a is None else H.pop(name) + a
-                z = F.linear(x, p["W_d"], p["b_d"])
-                for n in range(self.inner):
-                    z = self.T(p, n, z, mask, cache, layer, training=training)
-                    layer += 1
-                a = x + F.linear(z, p["W_u"], p["b_u"])
-            assert a is not None
-            out.last_hidden_state = F.linear(torch.cat([out.last_hidden_state, a], -1), p["W"], p["b"])
-            return out
+        def read(H: Mapping[str, Tensor], seen: Seen) -> Tensor:
+            return self.states(parts, H, seen, training=training)
 
-        with reading(backbone, parts) as H:
-            handle = backbone.reader.register_forward_hook(beside, with_kwargs=True)
-            try:
-                yield
-            finally:
-                handle.remove()
+        with standing(backbone, parts, read):
+            yield
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What stands beside a pass: its last states, what is added to scores, and its cache, in whose layers from `layer`
+    on keys and values may be kept."""
+
+    last: Tensor
+    mask: Tensor
+    cache: Any
+    layer: int
+
+
+def on(backbone: Backbone, at: Mapping[str, Params]) -> dict[str, Params]:
+    """Tensors where and as the backbone computes, in the order of its sites."""
+    return {
+        name: {n: t.to(backbone.device, backbone.dtype) for n, t in at[name].items()}
+        for name in backbone.sites
+        if name in at
+    }
+
+
+@contextlib.contextmanager
+def standing(
+    backbone: Backbone, names: Iterable[str], read: Callable[[Mapping[str, Tensor], Seen], Tensor]
+) -> Iterator[None]:
+    """Have heads read `read` of the states at these sites in place of the last ones, in the passes within."""
+
+    def after(_module: nn.Module, _args: Any, kwargs: dict[str, Any], out: Any) -> Any:
+        seen = Seen(
+            out.last_hidden_state,
+            _seen(backbone, kwargs["attention_mask"]),
+            kwargs.get("past_key_values"),
+            len(backbone.blocks),
+        )
+        out.last_hidden_state = read(H, seen)
+        H.clear()
+        return out
+
+    with reading(backbone, names) as H:
+        handle = backbone.reader.register_forward_hook(after, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 @contextlib.contextmanager

@@ -79,6 +79,12 @@ class Active:
         params = Bound.joined(self.at[site], {n: p for n, (_, p) in found.items()})
         return Bound(outer=own, sources=inner, seen=seen), params
 
+    def inside(self, backbone: Backbone, *, training: bool = False) -> contextlib.AbstractContextManager[None]:
+        """What an opaque method does to the backbone in the passes within."""
+        if isinstance(self.method, Composed):
+            return self.method.around(backbone, self.at, [(source.method, source.at) for source in self.sources])
+        return self.method.inside(backbone, self.at, training=training and not self.still)
+
     def on(self, device: torch.device) -> Active:
         at = {site: {name: t.to(device) for name, t in p.items()} for site, p in self.at.items()}
         return replace(self, at=at, sources=tuple(source.on(device) for source in self.sources))
@@ -219,7 +225,7 @@ class Plan:
         for k in self.opaque:
             if weights[0, k]:
                 acting.changes = None
-                with self.adapters[k].method.inside(self.backbone, self.adapters[k].at, training=self.training):
+                with self.adapters[k].inside(self.backbone, training=self.training):
                     yield acting
                 return
         with self.backbone.weights_changed(self._differences(weights[0])), self._hooked(acting):
@@ -279,14 +285,8 @@ class Plan:
                 groups = self.groups.get(name)
                 if not groups:
                     continue
-                module = self.backbone.model.get_submodule(site.path)
-                change = changes[name] = Change(self, site, groups, acting)
-                if site.point == "across":
-                    handles += _across(self.backbone.model.get_submodule(site.source), module, change)
-                elif site.point in ("output", "stream"):
-                    handles.append(module.register_forward_hook(_after(site, change)))
-                else:
-                    handles.append(module.register_forward_pre_hook(_before(site, change, module)))
+                changes[name] = Change(self, site, groups, acting)
+                handles += attached(self.backbone, name, changes[name])
             yield
         finally:
             for handle in handles:
@@ -478,6 +478,17 @@ def lifted(group: Group, x: Tensor, y: Tensor, c: Columns, each: Mapping[str, Te
     if not c.plain:
         Δ = Δ * c.scale[:, None, None].to(Δ.dtype)
     return y + Δ if c.whole else y.index_add(0, c.rows, Δ)
+
+
+def attached(backbone: Backbone, name: str, change: Callable[[Tensor, Tensor], Tensor]) -> list[Any]:
+    """Have a site's value become change(x, y) in every pass, until the handles that this gives are removed."""
+    site = backbone.sites[name]
+    module = backbone.model.get_submodule(site.path)
+    if site.point == "across":
+        return _across(backbone.model.get_submodule(site.source), module, change)
+    if site.point in ("output", "stream"):
+        return [module.register_forward_hook(_after(site, change))]
+    return [module.register_forward_pre_hook(_before(site, change, module))]
 
 
 def _seen(backbone: Backbone, name: str) -> Seen | None:

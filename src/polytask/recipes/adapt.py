@@ -182,7 +182,7 @@ def _joined(base: Backbone, plan: Plan, composer: Composer) -> tuple[dict[str, A
         raise UsageError(f"{kind.name} is not trained: `polytask compose` it, and train a head or more above it")
     if "sites" in given:
         raise UsageError(f"{plan.method} acts where the adapters act that it is made of: leave out sites")
-    found = tuple(source(composer.terms(Name(one.id)), kind.name) for one in plan.over)
+    found = tuple(source(composer.terms(Name(one.id)), kind) for one in plan.over)
     reached = base.sites_for(writing=plan.reading.writes(plan.task))
     at = [site for site in sites(found) if site in reached]
     return {"sites": at} | given | {"over": [one.id for one in plan.over]}, found

@@ -2,4 +2,5 @@
 
 from polytask.composition.learned import atlas as _atlas  # noqa: F401  # each enters its method
 from polytask.composition.learned import fusion as _fusion  # noqa: F401
+from polytask.composition.learned import kadapters as _kadapters  # noqa: F401
 from polytask.composition.learned import scalearn as _scalearn  # noqa: F401

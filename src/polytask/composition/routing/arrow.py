@@ -74,7 +74,7 @@ def arrow(
             raise UsageError(f"{one.name} is made of other adapters or stands on some: route among those or merge")
     actives = [Active.of(build(one.method, one.hyperparameters), one.tensors) for one in adapters]
     for active in actives:
-        source(((1.0, active),), "arrow")
+        source(((1.0, active),), Arrow)
     prototypes = [_prototypes(base, one, active) for one, active in zip(adapters, actives, strict=True)]
     tensors = {}
     for at in sites(actives):
