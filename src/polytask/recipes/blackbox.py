@@ -99,20 +99,22 @@ def _next(X: Floats, y: Floats, draw: np.random.Generator) -> Floats:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+    from threadpoolctl import threadpool_limits
 
     D = X.shape[1]
     length = math.sqrt(D)
     smooth = Matern(length, (length / 10, 10 * length), nu=2.5)
     kernel = ConstantKernel(1.0, (1e-2, 1e2)) * smooth + WhiteKernel(1e-4, (1e-8, 1e-1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a length scale at its bound is an answer too
-        process = GaussianProcessRegressor(kernel, normalize_y=True).fit(X, y)
     moved = draw.random((CANDIDATES, D)) < MOVED / D
     moved[np.arange(CANDIDATES), draw.integers(D, size=CANDIDATES)] = True
     step = np.exp(draw.uniform(math.log(1e-3), math.log(0.5), (CANDIDATES, 1))) * draw.normal(size=(CANDIDATES, D))
     near = np.clip(X[y.argmax()] + moved * step, -1, 1)
     candidates = np.concatenate([near, draw.uniform(-1, 1, (CANDIDATES, D))])
-    μ, σ = process.predict(candidates, return_std=True)
+    # Over matrices so small, threads wait for each other ten times as long as they compute.
+    with warnings.catch_warnings(), threadpool_limits(1, "blas"):
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a length scale at its bound is an answer too
+        process = GaussianProcessRegressor(kernel, normalize_y=True).fit(X, y)
+        μ, σ = process.predict(candidates, return_std=True)
     σ = np.maximum(σ, 1e-12)
     chosen: Floats = candidates[int(np.argmax(np.log(σ) + log_gain((μ - y.max()) / σ)))]
     return chosen
