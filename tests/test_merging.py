@@ -83,6 +83,14 @@ def test_ties_weighs_before_it_elects():
     assert merged_by("ties", ROWS, [1, 1, 4], density=0.6).tolist() == pytest.approx([-4, 0.8, 0.5, 1.6, 2.4])
 
 
+def test_ties_keeps_the_same_share_of_equal_magnitudes():
+    """Half of six: both twos, and of the ones the first. What is no number is not lost."""
+    rule = build("ties", {"density": 0.5})
+    assert rule.keep(torch.tensor([[1.0, -2, 1, -1, 2, 1]]), []).tolist() == [[1, -2, 0, 0, 2, 0]]
+    assert rule.keep(torch.zeros(1, 4), []).tolist() == [[0, 0, 0, 0]]
+    assert rule.keep(torch.tensor([[1.0, torch.nan, 3, -4]]), []).isnan().tolist() == [[False, True, False, False]]
+
+
 def test_ties_elects_nothing_where_two_cancel_out():
     assert merged_by("ties", [[1.0, 2.0], [-1.0, 2.0]], density=1).tolist() == [0, 2]
 

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from polytask.cli import options, show
+from polytask.cli.library_picture import picture
 from polytask.errors import PolytaskError, UsageError
 
 if TYPE_CHECKING:
     from polytask.library import Entry, Library
 
 app = typer.Typer(no_args_is_help=False, rich_markup_mode="rich")
+app.command()(picture)
 
 Ref = Annotated[
     str,
@@ -334,6 +336,7 @@ def build(
     A task that cannot be read or learned is told and left out. If it is
     stopped, the same command goes on: what is kept is not trained again.
     """
+    import random
     from dataclasses import replace
 
     from polytask.backbones import load
@@ -349,8 +352,9 @@ def build(
     hyperparameters = options.pairs(set_ or (), "--set")
     settings = options.settings(epochs=epochs, batch=batch, seed=seed)
     there = {entry.name for entry in kept.list(method=method)}
-    plans: list[Plan] = []
+    plans: dict[str, Plan] = {}
     failed: dict[str, str] = {}
+    known: list[str] = []
     for source in tasks:
         try:
             task = options.read_task(source)
@@ -358,15 +362,26 @@ def build(
         except PolytaskError as error:
             failed[source] = str(error)
             continue
-        if again or task.name not in there:
-            plans.append(Plan(replace(task, train=task.train[:examples]), method, hyperparameters, settings))
-            there.add(task.name)
+        if task.name in plans or task.name in known:
+            failed[source] = f"another of these tasks is called {task.name} too; rename one"
+        elif task.name in there and not again:
+            known.append(task.name)
+        else:
+            if examples is not None and examples < len(task.train):
+                task = replace(task, train=tuple(random.Random(seed).sample(task.train, examples)))
+            plans[task.name] = Plan(task, method, hyperparameters, settings)
     groups: dict[str, list[Plan]] = {}
-    for plan in plans:
+    for plan in plans.values():
         groups.setdefault(options.base_for(base, plan.task, plan.reading), []).append(plan)
     made = []
     for name, own in groups.items():
         backbone = load(name, precision=precision)  # type: ignore[arg-type]
+        for plan in [*own]:
+            try:
+                plan.reading.design(backbone, plan.task, plan.settings.limit)
+            except PolytaskError as error:
+                failed[plan.task.name] = str(error)
+                own.remove(plan)
         parts = [own[begin : begin + together] for begin in range(0, len(own), together)]
         while parts:
             part = parts.pop(0)
@@ -380,14 +395,16 @@ def build(
                     else:  # the others do not fail with the one that does
                         parts = [[plan] for plan in part] + parts
                     continue
-            made += [kept.entry(kept.add(adapter)) for adapter in adapters]
+                made += [kept.entry(kept.add(adapter)) for adapter in adapters]
     if json:
-        show.write_json({"made": [_json(entry) for entry in made], "failed": failed})
+        show.write_json({"made": [_json(entry) for entry in made], "known": known, "failed": failed})
     else:
         _entries(tuple(made), False)
+        if known:
+            typer.echo(f"in {library} already: {', '.join(known)}; --again trains them anew", err=True)
         for source, why in failed.items():
             typer.echo(f"left out: {source}: {why}", err=True)
-    if failed and not made:
+    if failed and not made and not known:
         raise PolytaskError(f"none of {len(tasks)} tasks was learned")
 
 

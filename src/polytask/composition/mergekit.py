@@ -35,6 +35,7 @@ from polytask.composition.checkpoints import Checkpoint, Shape, block, number_of
 from polytask.composition.merging.rule import Rule, build
 from polytask.errors import PolytaskError, UsageError
 
+PART = 1 << 16  # numbers of each model that are worked on at once
 SHARD = 5 * 10**9  # bytes of a file, as transformers and mergekit write them
 GENERAL = {"normalize": bool, "lambda": float, "int8_mask": bool, "rescale": bool}
 PER_MODEL = {"weight": float, "density": float}
@@ -212,27 +213,42 @@ def combined(
     merge's is the same in all."""
     whole = settings[0]
     w = torch.tensor([float(own["weight"]) for own in settings])
+    normal, total = bool(w.sum().abs() >= 1e-8), torch.zeros_like(θ0)
     if method == "linear":
-        total = torch.zeros_like(θ0)
-        for weight, t in zip(w, θ, strict=True):
-            total += weight * t
-        if whole["normalize"] and w.sum().abs() < 1e-8:
+        for own, t in zip(settings, θ, strict=True):
+            total.add_(t, alpha=float(own["weight"]))
+        if whole["normalize"] and not normal:
             raise UsageError("linear: the weights add up to 0, so there is no mean; write normalize: false")
-        return total / w.sum() if whole["normalize"] else total
+        return total.div_(w.sum()) if whole["normalize"] else total
     keep = {"ties": _largest, "dare_linear": _dropped, "dare_ties": _dropped}.get(method)
-    kept = []
-    for t, own, draw in zip(θ, settings, draws, strict=True):
-        δ = t - θ0
-        kept.append(keep(δ, own, draw) if keep else δ)
-    δ = torch.einsum("k,k...->k...", w, torch.stack(kept))
+    differences = (t - θ0 for t in θ)
+    each = zip(differences, settings, draws, strict=True)
+    kept = (keep(δ, own, draw) if keep else δ for δ, own, draw in each)
+    n: Tensor | float
     if method in ("ties", "dare_ties"):
-        A = δ.sign() == torch.where(δ.sum(0) >= 0, 1.0, -1.0)
-        Σ, n = (δ * A).sum(0), torch.einsum("k,k...->...", w, A.float())
-        n = torch.where(n == 0, 1.0, n)
+        total, n = agreed(w, kept, θ0)
     else:
-        Σ, n = δ.sum(0), w.sum() if w.sum().abs() >= 1e-8 else torch.ones(())
-    merged: Tensor = θ0 + whole["lambda"] * (Σ / n if whole["normalize"] else Σ)
-    return merged
+        for own, δ in zip(settings, kept, strict=True):
+            total.add_(δ, alpha=float(own["weight"]))
+        n = float(w.sum()) if normal else 1.0
+    if whole["normalize"]:
+        total.div_(n)
+    return total.mul_(whole["lambda"]).add_(θ0)
+
+
+def agreed(w: Tensor, kept: Iterable[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_{k ∈ A} w_k δ̂_k, and Σ_{k ∈ A} w_k, 1 where that is 0; both as large as `like`. Worked out a few numbers at a
+    time, which stay in the processor's cache."""
+    δ = like.new_empty(len(w), like.numel())
+    for row, weight, t in zip(δ, w.tolist(), kept, strict=True):
+        torch.mul(t.reshape(-1), weight, out=row)
+    Σ, n = like.new_empty(like.shape), like.new_empty(like.shape)
+    for begin in range(0, like.numel(), PART):
+        some = δ[:, begin : begin + PART]
+        A = ((some >= 0) == (some.sum(0) >= 0)) & (some != 0)
+        Σ.view(-1)[begin : begin + PART] = (some * A).sum(0)
+        n.view(-1)[begin : begin + PART] = A.T.float() @ w
+    return Σ, n.masked_fill_(n == 0, 1.0)
 
 
 def _largest(δ: Tensor, own: Mapping[str, Any], draw: torch.Generator) -> Tensor:

@@ -25,6 +25,8 @@ LETTER = 6.6  # width of a letter of a label, px, generously
 LINE = 15  # height of a label, px
 FEW = 12  # points whose labels find room near them
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -135,10 +137,6 @@ def scatter(title: str, x: str, y: str, points: Sequence[Point], width: int = 52
     ys = [value for p in points for value in (p.low, p.high)]
     frame = _Frame(width, height, axis(x, [p.x for p in points], log=True, margin=0.08), axis(y, ys), right=24)
     marks: list[str] = []
-    taken: list[tuple[float, float, float, float]] = []
-    for p in points:
-        px, py = frame.x(p.x), frame.y(p.y)
-        taken.append((px - 7, py - 7, px + 7, py + 7))
     bars = [(frame.x(p.x) - 3, frame.y(p.high), frame.x(p.x) + 3, frame.y(p.low)) for p in points]
     for i, p in enumerate(points):
         px, py, colour = frame.x(p.x), frame.y(p.y), f"c{i % COLOURS}"
@@ -147,24 +145,32 @@ def scatter(title: str, x: str, y: str, points: Sequence[Point], width: int = 52
         note = f"{p.name}: {p.y:.3f} [{p.low:.3f}, {p.high:.3f}], {p.note}"
         marks.append(f'<path class="bar {colour}" d="{bar}"/>')
         marks.append(marker(i, px, py, note))
-    for p in points:
-        px, py = frame.x(p.x), frame.y(p.y)
-        wide = LETTER * len(p.name)
+    spots = [(p.name, frame.x(p.x), frame.y(p.y)) for p in points]
+    marks += names(spots, (frame.left, frame.top, width - 2, frame.bottom), bars)
+    return frame.svg(title, marks)
+
+
+def names(points: Sequence[tuple[str, float, float]], inside: Box, others: Sequence[Box] = ()) -> list[str]:
+    """The names of points (name, x, y), each where it covers least: of other names and points, then of `others`."""
+    marks = []
+    taken = [(x - 7, y - 7, x + 7, y + 7) for _, x, y in points]
+    for name, x, y in points:
+        wide = LETTER * len(name)
         spots = [
-            (px + dx if dx > 0 else px + dx - wide, py + sign * 16 * step)
+            (x + dx if dx > 0 else x + dx - wide, y + sign * 16 * step)
             for step in range(5 if len(points) < FEW else 14)
             for sign in (1, -1)
             for dx in (11, -11)
         ]
         boxes = [(left, middle - LINE / 2, left + wide, middle + LINE / 2) for left, middle in spots]
-        best = min(boxes, key=lambda box: _cost(box, taken, bars, frame, (px, py)))
+        best = min(boxes, key=lambda box: _cost(box, taken, others, inside, (x, y)))
         taken.append(best)
         left, middle = best[0], (best[1] + best[3]) / 2
-        if abs(middle - py) > LINE:
-            near = left if left > px else best[2]
-            marks.append(f'<path class="leader" d="M{px:.1f} {py:.1f}L{near:.1f} {middle:.1f}"/>')
-        marks.append(f'<text class="name" x="{left:.1f}" y="{middle + 4:.1f}">{escape(p.name)}</text>')
-    return frame.svg(title, marks)
+        if abs(middle - y) > LINE:
+            near = left if left > x else best[2]
+            marks.append(f'<path class="leader" d="M{x:.1f} {y:.1f}L{near:.1f} {middle:.1f}"/>')
+        marks.append(f'<text class="name" x="{left:.1f}" y="{middle + 4:.1f}">{escape(name)}</text>')
+    return marks
 
 
 class _Frame:
@@ -227,22 +233,16 @@ def _apart(places: Sequence[float], top: float, bottom: float) -> list[float]:
     return found
 
 
-def _cost(
-    box: tuple[float, float, float, float],
-    taken: Sequence[tuple[float, float, float, float]],
-    bars: Sequence[tuple[float, float, float, float]],
-    frame: _Frame,
-    to: tuple[float, float],
-) -> float:
+def _cost(box: Box, taken: Sequence[Box], bars: Sequence[Box], inside: Box, to: tuple[float, float]) -> float:
     """How bad a place for a label is: over others worst, outside next, over a bar, far away least."""
 
-    def over(other: tuple[float, float, float, float]) -> float:
+    def over(other: Box) -> float:
         wide = min(box[2], other[2]) - max(box[0], other[0])
         high = min(box[3], other[3]) - max(box[1], other[1])
         return wide * high if wide > 0 and high > 0 else 0.0
 
-    outside = max(0.0, frame.left - box[0]) + max(0.0, box[2] - frame.width + 2)
-    outside += max(0.0, frame.top - box[1]) + max(0.0, box[3] - frame.bottom)
+    outside = max(0.0, inside[0] - box[0]) + max(0.0, box[2] - inside[2])
+    outside += max(0.0, inside[1] - box[1]) + max(0.0, box[3] - inside[3])
     distance = abs((box[1] + box[3]) / 2 - to[1])
     return 100 * sum(map(over, taken)) + 50 * outside + 10 * sum(map(over, bars)) + distance
 

@@ -8,6 +8,7 @@ from string import Template
 
 from polytask.evaluation.charts import Curve, Point, curves, marker, scatter
 from polytask.evaluation.comparison import Comparison, Row
+from polytask.evaluation.shell import shell
 
 TEMPLATE = Path(__file__).with_name("compare_page.html")
 WIDE = 12  # methods from which on each chart has the page's whole width
@@ -65,7 +66,6 @@ def page(found: Comparison) -> str:
     score_axis = f"{metric} ({found.split})"
     text = {
         "title": f"{found.task.name}: {len(found.rows)} methods compared",
-        "version": found.version,
         "lead": f"{kind}, {sizes} examples, on {found.backbone.name} with {whole:,} frozen parameters. "
         + _budget(found),
         "reading": _reading(found, several),
@@ -77,7 +77,7 @@ def page(found: Comparison) -> str:
     heads = ["method", "front", f"{metric} ({found.split})", "95 % interval", "trained", "% of backbone", "seconds"]
     heads += ["latency", "memory", "size", *(["rate"] if tried else [])]
     size = (960, max(460, 20 * len(found.rows))) if len(found.rows) >= WIDE else (520, 400)
-    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+    body = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         {name: escape(value) for name, value in text.items()},
         heads=_cells("th", [escape(head) for head in heads]),
         rows="\n".join(_row(found, i, row, tried, row is first) for i, row in enumerate(found.rows)),
@@ -93,6 +93,7 @@ def page(found: Comparison) -> str:
         seconds=scatter("Score against seconds", "seconds (log scale)", score_axis, _points(found, "seconds"), *size),
         facts="\n".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items() if v),
     )
+    return shell(text["title"], body, found.version)
 
 
 def _budget(found: Comparison) -> str:

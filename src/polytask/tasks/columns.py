@@ -113,6 +113,24 @@ def choose(
     return columns, [f"columns guessed: input {input!r}{second}, output {output!r}{kept}"]
 
 
+def inputs(table: Table) -> tuple[str, str | None]:
+    """The column of the input and that of its second text, if any, of a table that need not have an output.
+
+    UsageError, listing the columns, where that leaves a choice.
+    """
+    known = {column.casefold(): column for column in table.columns if column.casefold() not in IDS}
+    both = next((names for names in PAIRS if all(name in known for name in names)), None)
+    if both:
+        return known[both[0]], known[both[1]]
+    second = known.pop("pair", None)
+    input = _only(known, INPUTS, alone=True)
+    if input is None:
+        raise UsageError(
+            f"{table.file}: which column is the input? Call it input; its columns are {listed(table.columns)}"
+        )
+    return input, second
+
+
 def _only(known: dict[str, str], names: tuple[str, ...], *, alone: bool) -> str | None:
     """The one column with a well-known name, or (`alone`) the one column that is left; taken out of `known`."""
     found = [name for name in names if name in known]

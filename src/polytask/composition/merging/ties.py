@@ -10,6 +10,7 @@ validation data. τ_k [...]. Differences:
   than one matrix of each adapter is in memory.
 * The paper has no weights. Here w_k τ_k is adapter k's task vector, so that weight 0 is the same as not being there.
   PEFT elects before it weighs and mergekit divides by the agreeing weights; with equal weights of 1 all three agree.
+* Of numbers of one magnitude, where not all can be kept, the first are.
 * Where the sum is exactly 0 no sign is elected. The authors' script takes the majority sign of the whole model there,
   PEFT and mergekit take plus.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,9 +38,16 @@ class TIES(Rule):
     scale: float = 1.0
 
     def keep(self, τ: Tensor, draws: Sequence[torch.Generator]) -> Tensor:
-        flat = τ.reshape(len(τ), -1)
-        top = flat.abs().topk(max(1, int(self.density * flat.shape[1]))).indices
-        return torch.zeros_like(flat).scatter(1, top, flat.gather(1, top)).view_as(τ)
+        size = τ.reshape(len(τ), -1).abs()
+        k = max(1, int(self.density * size.shape[1]))
+        kept = torch.empty_like(size, dtype=torch.bool)
+        for own, row in zip(size, kept, strict=True):
+            # A selection, where sorting takes six times as long.
+            least = float(np.partition(own.cpu().numpy(), -k)[-k])
+            torch.lt(own, least, out=row).logical_not_()
+            if more := int(row.count_nonzero()) - k:
+                row[(own == least).nonzero()[-more:, 0]] = False
+        return τ.masked_fill(~kept.view_as(τ), 0.0)
 
     def join(self, τ: Tensor, w: Tensor) -> Tensor:
         return self.scale * agreed(τ, w)
