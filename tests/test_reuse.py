@@ -123,13 +123,15 @@ def test_what_is_taken_is_built(wanted, above, made, monkeypatch):
 def test_a_mean_of_several_answers_and_is_routed_to(monkeypatch):
     monkeypatch.setattr(module, "_chosen", lambda ways: next(w for w in ways if w.members))
     found = reuse(base(), few(12), library(), settings=pt.Settings(epochs=1))
-    assert len(found.support) == 3  # LoRA and a head on each of the two
+    # LoRA, again, and from the nearest
+    assert [one.card.recipe["settings"]["seed"] for one in found.support] == [0, 1, 0]
+    assert library()[0].id in found.support[2].card.lineage.parents
     assert found.adapter.card.scores["test"].n == 32
     engine = Engine(base(), adapters=[*library(), *found.support, found.adapter])
     [answer] = engine.answer([Request("a e f", adapter="new")])
     each = engine.answer([Request("a e f", adapter=one.id) for one in found.support])
+    assert (answer.name, answer.adapter) == ("new", found.adapter.id)
     assert [part.output for part in answer.parts] == [one.output for one in each]
-    assert answer.output in {one.output for one in each}
     assert engine.answer([Request("a e f")])[0].adapter not in {one.id for one in found.support}
     assert "mean" in found.adapter.at("task")
     assert not any(one.at("task") for one in found.support)
@@ -146,7 +148,7 @@ def test_without_examples_the_adapter_with_these_labels_answers():
 def test_adapters_of_other_weights_are_left_out():
     other = [replace(one, backbone=tiny.backbone("bert", seed=3, tokenizer=TOKENS).card()) for one in library()]
     found = reuse(base(), few(8), other, settings=pt.Settings(epochs=1))
-    assert [w.name for w in found.ways] == ["features", "lora"]
+    assert [w.name for w in found.ways] == ["features", "lora", "lora again", "lora and lora again"]
 
 
 def test_nothing_surely_better_leaves_lora_or_its_mean(monkeypatch):

@@ -5,8 +5,9 @@
 1. `features`: a new head on the frozen backbone.
 2. `on NAME`: a new head on what one adapter makes of the text, for each adapter of the library.
 3. `on A + B + ...`: a new head on the mean of the best two, three or five of them.
-4. `lora`: LoRA from nothing, with its head; and `lora from NAME`, from the best adapter that is one.
-5. `lora and on A, on B, ...`, where one label is to be chosen: the mean of their probabilities, the best three heads.
+4. `lora`: LoRA from nothing, with its head, and again from another seed; and `lora from NAME`, from the adapter of the
+   nearest task that is one, and from the one whose head did best.
+5. `lora and lora again and lora from NAME`, where one label is to be chosen: the mean of their probabilities.
 
 All are compared by cross-validation on the task's own examples, so that a handful will do, and by log-likelihood, which
 tells ways apart where accuracies of eight answers do not. Still the best of twenty on eight examples is often lucky. So
@@ -51,14 +52,13 @@ from polytask.training.learner import targets_of
 MARGIN = 1.0  # standard errors of the difference
 FOLDS = 5
 MIXED = (2, 3, 5)  # how many of the best adapters are mixed
-LEADERS = 3  # of the best heads, how many stand beside LoRA in the mean
 LOOKED_AT = 32  # adapters of a library whose features are tried: those of the nearest tasks
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to answer: a method on top of what `below` does, which begins with the adapter `begin`, or the mean of
-    `members`. `score` is s_w, `each` [n] its terms, and `seconds` what finding them took."""
+    """A way to answer: a method on top of what `below` does, which begins with the adapter `begin` and has a seed that
+    is greater by `seed`; or the mean of `members`. `score` is s_w, `each` [n] its terms, `seconds` what they took."""
 
     name: str
     below: Expression | None
@@ -66,6 +66,7 @@ class Way:
     each: Tensor
     seconds: float
     begin: str | None = None
+    seed: int = 0
     members: tuple[Way, ...] = ()
 
     @classmethod
@@ -126,7 +127,8 @@ def reuse(
 
     ways = [trial.on_top("features", None)]
     tell(_said(ways[0]))
-    singles = [trial.on_top(f"on {one.name}", Name(one.id)) for one in trial.near(LOOKED_AT)]
+    near = trial.near(LOOKED_AT)
+    singles = [trial.on_top(f"on {one.name}", Name(one.id)) for one in near]
     singles.sort(key=lambda way: -way.score)
     for way in singles[:3]:
         tell(_said(way))
@@ -136,16 +138,19 @@ def reuse(
             mean = Mix(tuple((1 / k, way.below) for way in singles[:k] if way.below))
             ways.append(trial.on_top(f"on {' + '.join(way.name.removeprefix('on ') for way in singles[:k])}", mean))
             tell(_said(ways[-1]))
-    scratch = trial.trained("lora", None)
-    ways.append(scratch)
-    tell(_said(scratch))
-    first = next((way for way in singles if trial.begins(way)), None)
-    if first is not None and isinstance(first.below, Name):
-        ways.append(trial.trained(f"lora from {first.name.removeprefix('on ')}", first.below.name))
-        tell(_said(ways[-1]))
-    if task.kind == "classification" and singles:
-        ways.append(Way.mean([scratch, *singles[:LEADERS]]))
-        tell(_said(ways[-1]))
+    ready = [one for one in near if one.method == "lora" and not one.needs]
+    best = next((one for way in singles for one in ready if way.below == Name(one.id)), None)
+    begins = dict.fromkeys((one.id, one.name) for one in (*ready[:1], *([best] if best else [])))
+    trained = trial.trained(
+        ("lora", None, 0),
+        ("lora again", None, 1),
+        *((f"lora from {name}", id, 0) for id, name in begins),
+    )
+    if task.kind == "classification":
+        trained.append(Way.mean(trained[:3]))
+    for way in trained:
+        tell(_said(way))
+    ways += trained
     taken = _chosen(ways)
     tell(f"taken: {taken.name}")
 
@@ -216,11 +221,6 @@ class _Trial:
         )
         return sorted(fit, key=lambda one: -float(inputs @ one.at("task").get("mean", -inputs)))[:most]
 
-    def begins(self, way: Way) -> bool:
-        """Whether LoRA can begin with what stands below."""
-        one = self.get(way.below.name) if isinstance(way.below, Name) else None
-        return one is not None and one.method == "lora" and not one.needs
-
     def _terms(self, below: Expression | None) -> Terms | None:
         """None for an adapter that does nothing below a head: a head of its own alone, or PEFT's layers."""
         if below is None:
@@ -254,31 +254,39 @@ class _Trial:
         assert best is not None
         return Way(name, below, "head", best, time.perf_counter() - began)
 
-    def trained(self, name: str, begin: str | None) -> Way:
-        """LoRA, trained once for each fold, all at once."""
+    def trained(self, *each: tuple[str, str | None, int]) -> list[Way]:
+        """LoRAs by their names, what they begin with, and their seeds, trained once for each fold, all at once."""
         began = time.perf_counter()
-        start = self.get(begin) if begin else None
         jobs = []
-        for number, (taught, _) in enumerate(self.folds):
-            part = replace(
-                self.task, name=f"{self.task.name}-{number}", train=tuple(self.task.train[i] for i in taught)
-            )
-            plan = self.plan(part, "lora", start)
-            method = build("lora", plan.hyperparameters)
-            jobs.append(Job(part, method, self.head, plan.settings, begin=start))
-        each = torch.zeros(len(self.units))
-        for (_, held), learned in zip(self.folds, train(self.base, jobs), strict=True):
-            p = {n.removeprefix("head/"): t for n, t in learned.tensors.items() if n.startswith("head/")}
-            order, weights = planned([((1.0, Active.of(learned.method, learned.tensors)),)])
-            seat = Seat(self.head, p, weights[0])
-            z = passes.logits(Run(self.base, order), [seat], [self.units[i] for i in held], [0] * len(held))
-            for i, own in zip(held, z, strict=True):
-                each[i] = self._loss(own, i)
-        return Way(name, None, "lora", each, time.perf_counter() - began, begin)
+        for _, begin, seed in each:
+            start = self.get(begin) if begin else None
+            for number, (taught, _) in enumerate(self.folds):
+                part = replace(
+                    self.task, name=f"{self.task.name}-{number}", train=tuple(self.task.train[i] for i in taught)
+                )
+                plan = self.plan(part, "lora", start, seed)
+                method = build("lora", plan.hyperparameters)
+                jobs.append(Job(part, method, self.head, plan.settings, begin=start))
+        found = iter(train(self.base, jobs))
+        ways = []
+        for name, begin, seed in each:
+            terms = torch.zeros(len(self.units))
+            for _, held in self.folds:
+                learned = next(found)
+                p = {n.removeprefix("head/"): t for n, t in learned.tensors.items() if n.startswith("head/")}
+                order, weights = planned([((1.0, Active.of(learned.method, learned.tensors)),)])
+                seat = Seat(self.head, p, weights[0])
+                z = passes.logits(Run(self.base, order), [seat], [self.units[i] for i in held], [0] * len(held))
+                for i, own in zip(held, z, strict=True):
+                    terms[i] = self._loss(own, i)
+            seconds = (time.perf_counter() - began) / len(each)
+            ways.append(Way(name, None, "lora", terms, seconds, begin, seed))
+        return ways
 
-    def plan(self, task: Task, method: str, begin: Adapter | None) -> Plan:
+    def plan(self, task: Task, method: str, begin: Adapter | None, seed: int = 0) -> Plan:
         """What the way's training is told."""
-        plan = Plan(task, method, settings=self.settings, begin=begin)
+        settings = replace(self.settings, seed=self.settings.seed + seed)
+        plan = Plan(task, method, settings=settings, begin=begin)
         if method != "lora":
             return plan
         whole = automatic(self.base, plan)
@@ -293,7 +301,7 @@ class _Trial:
         elif way.below is not None:
             above = support = [keep(way.below, self.get, None, f"{task.name}.below")]
         begin = self.get(way.begin) if way.begin else None
-        plan = self.plan(task, way.method, begin)
+        plan = self.plan(task, way.method, begin, way.seed)
         adapter = adapt(
             self.base,
             task,
