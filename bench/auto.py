@@ -26,7 +26,7 @@ TASKS = (
     *("banking77_intent", "blimp_pairs", "cr_polarity", "csabstruct"),
     *("hate_offensive", "scicite", "sgd_intent", "sib200_en_topic"),
 )
-TRAIN, VALIDATION, TEST, EPOCHS = 256, 128, 500, 8
+TRAIN, VALIDATION, TEST, EPOCHS = 128, 100, 300, 4
 SHOWN = "{:.1f} | {:.1f} | {:.1f} | {:.3f} | {:.1f} | {:.3f} |"
 RESULTS = Path(__file__).parent / "results/auto.jsonl"
 

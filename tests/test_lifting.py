@@ -146,8 +146,8 @@ def test_a_scaled_tensor_moves_the_output_as_its_gradient_says():
     for name in (name for name in NAMES if name not in DECODERS):
         m = build(name)
         tensors = {n: t.double().requires_grad_() for n, t in shaken(m, backbone).items()}
-        if m.precise or name == "dora":
-            continue  # its tensors are cast to fp32; takes the norms for constants (see test_methods_numeric)
+        if m.precise or name in ("dora", "task_experts"):
+            continue  # cast to fp32; takes norms for constants (see test_methods_numeric); a hard choice, a soft slope
         draw = torch.Generator().manual_seed(3)
         step = {n: torch.randn(t.shape, generator=draw, dtype=torch.float64) for n, t in tensors.items()}
 

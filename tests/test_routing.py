@@ -19,6 +19,7 @@ from polytask.adapters import Adapter, Card, HeadCard
 from polytask.adapters.expression import Fuse, Mix, Name, fuse, read
 from polytask.backbones import Backbone, heads
 from polytask.composition.fused import fuse as fused_terms
+from polytask.composition.routing.centroid import Centroid
 from polytask.composition.routing.dlp import DLP, EPOCHS, HIDDEN, Classifier
 from polytask.composition.routing.lora_fusion import LoraFusion
 from polytask.composition.routing.lora_retriever import LoraRetriever
@@ -101,7 +102,9 @@ def test_who_does_not_mix_answers_alone_or_not_at_all():
     assert LoraFusion(k=2, threshold=EVERY).choose(kin, x[:1], all_fit(kin))[0].weights == {"0": 0.5, "2": 0.5}
 
 
-@pytest.mark.parametrize("how", [NearestTask(), LoraRetriever(), LoraFusion(), DLP(classifier=constant(2, 1, 0, -1))])
+@pytest.mark.parametrize(
+    "how", [NearestTask(), LoraRetriever(), Centroid(), LoraFusion(), DLP(classifier=constant(2, 1, 0, -1))]
+)
 def test_a_far_input_goes_to_nobody(how: Router):
     """Its cosine with the nearest, of those that it may go to, is 0.6: z = −3 is beyond 2 deviations."""
     fits = torch.tensor([[True, False, False, True]])
@@ -171,7 +174,7 @@ def test_routers_by_name():
     assert {"nearest-task", "lora-retriever", "lora-fusion", "dlp-lora"} <= {*routers()}
     assert build("lora-retriever", {"k": "5", "threshold": "inf"}) == LoraRetriever(k=5, threshold=EVERY)
     for name, given, says in (
-        ("oracle", {}, "no router 'oracle'; the routers are dlp-lora, "),
+        ("oracle", {}, "no router 'oracle'; the routers are centroid, dlp-lora, "),
         ("lora-retriever", {"p": "1"}, "no hyperparameter 'p'; it has k, threshold"),
         ("lora-retriever", {"k": "0"}, "at least 1"),
         ("nearest-task", {"profiles": "1"}, "no hyperparameter 'profiles'; it has temperature, threshold"),
@@ -310,12 +313,13 @@ def how(name: str, engine: Engine) -> Router:
     return {
         "nearest-task": NearestTask(threshold=EVERY),
         "lora-retriever": LoraRetriever(threshold=EVERY),
+        "centroid": Centroid(threshold=EVERY),
         "lora-fusion": LoraFusion(threshold=EVERY),
         "dlp-lora": DLP(p=0.95, threshold=EVERY, classifier=classifier(engine)),
     }[name]
 
 
-@pytest.mark.parametrize("name", ["nearest-task", "lora-retriever", "lora-fusion", "dlp-lora"])
+@pytest.mark.parametrize("name", ["nearest-task", "lora-retriever", "centroid", "lora-fusion", "dlp-lora"])
 def test_a_batch_is_answered_as_each_alone(engine: Engine, name: str):
     router = how(name, engine)
     together = engine.answer([Request(text) for text in TEXTS], router=router)

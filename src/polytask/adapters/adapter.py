@@ -67,11 +67,12 @@ class TextCard(BaseModel):
 class HeadCard(BaseModel):
     """How hidden states become answers; its tensors stand beside the method's, under the site `head`.
 
-    `targets` name the classes in order. `pool` is how a sequence becomes one vector. `features` says what the linear
-    map reads: the pooled vector; for a pair, both vectors with their difference and product, or one joint encoding.
-    `causal` says whether a decoder's mask stays, or where it is dropped: see `Backbone.opened`. With `text` the answer
-    is in words, and there are no tensors. With the pool `masks`, that many mask tokens stand behind the input and are
-    read (`polytask.backbones.perfect`). The characters of `alphabet` are read one by one, wherever they are in a text.
+    `targets` name the classes in order. `pool` is how a sequence becomes one vector. `pair` says what the linear map
+    reads of two texts: both vectors with their difference and product, one joint encoding, or the first text's alone,
+    where the method reads the second one `beside` it. `causal` says whether a decoder's mask stays, or where it is
+    dropped: see `Backbone.opened`. With `text` the answer is in words, and there are no tensors. With the pool `masks`,
+    that many mask tokens stand behind the input and are read (`polytask.backbones.perfect`). The characters of
+    `alphabet` are read one by one, wherever they are in a text.
 
     A field that was not there in an older version is None by default, and so left out of what ids are made from.
     """

@@ -44,7 +44,8 @@ class Batch:
     `states` [R, T, d] already hold what that block reads. `written` [R, U] int64 is what an encoder-decoder's decoder
     has written so far; without it only the encoder runs. `document` [R, T] int64 numbers the sequences that share a
     row, from 1 (0 is padding): none sees another, and each counts its positions from 0. `asked` [R, T] bool says which
-    tokens are a prompt's, where others are its answer's (None: all are).
+    tokens are a prompt's, where others are its answer's (None: all are). `beside` are texts that go with the rows, for
+    methods that read them: the passes themselves do not. A row without one has no real token there.
     """
 
     ids: Tensor
@@ -54,13 +55,15 @@ class Batch:
     written: Tensor | None = None
     document: Tensor | None = None
     asked: Tensor | None = None
+    beside: Batch | None = None
 
     def rows(self, index: Tensor) -> Batch:
         """The batch of the rows at `index` [r] int64."""
         states, written, document, asked = (
             None if t is None else t[index] for t in (self.states, self.written, self.document, self.asked)
         )
-        return Batch(self.ids[index], self.mask[index], self.start, states, written, document, asked)
+        beside = None if self.beside is None else self.beside.rows(index)
+        return Batch(self.ids[index], self.mask[index], self.start, states, written, document, asked, beside)
 
     @property
     def standing(self) -> tuple[Tensor, Tensor]:
@@ -309,7 +312,7 @@ class Backbone:
 
     def collate(self, rows: Sequence[Ids]) -> Batch:
         """Pad token ids on the right into one batch on the model's device, to a length that `padded` allows."""
-        longest = min(padded(max(len(row) for row in rows)), self.max_length)
+        longest = min(padded(max(1, *map(len, rows))), self.max_length)
         pad = getattr(self.tokenizer, "pad_token_id", None) or 0
         ids = torch.full((len(rows), longest), pad, dtype=torch.long)
         mask = torch.zeros((len(rows), longest), dtype=torch.bool)

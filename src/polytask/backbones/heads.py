@@ -68,6 +68,17 @@ def design(
     return card.model_copy(update={"masks": masks}) if pool == "masks" else card
 
 
+def beside(task: Task, head: HeadCard) -> HeadCard:
+    """The head for a method that reads the second text of a pair. Raises UsageError where the answer is about both."""
+    if head.text or head.masks or head.kind == "similarity":
+        needs = "its prompt has" if head.text else "mask tokens stand behind" if head.masks else "a similarity is of"
+        raise UsageError(
+            f"task {task.name}: the method reads the second text beside the first, and {needs} both; take a label head "
+            "over the first text, or a method such as lora"
+        )
+    return head.model_copy(update={"pair": "beside"})
+
+
 def width(head: HeadCard, d: int) -> int:
     """The size of φ for hidden states of size d."""
     return 4 * d if head.pair == "separate" else d
@@ -155,7 +166,7 @@ def losses(head: HeadCard, z: Tensor, y: Tensor, weights: Tensor | None = None) 
     """One loss per row [R] from logits z [R, C] (tags and answers: z [N, C] and y [N] of N tokens) and targets y.
 
     Cross-entropy, or its binary form summed over labels for multilabel, or the squared error; a hinge for mask tokens.
-    `weights` [C] weigh the classes.
+    `weights` [C] weigh the classes. For one label of a text, y may say how much each class counts [R, C].
     """
     if head.masks:
         return perfect.losses(z, y, weights)

@@ -34,8 +34,10 @@ def adapt(
             "--method",
             "-m",
             metavar="NAME",
-            help="A method of `polytask methods`; auto: lora, if it beats frozen features; or race: the winner among "
-            "lora at two rates, parallel and bitfit, in about twice the time.",
+            help="A method of `polytask methods`; auto: lora, if it beats frozen features; race: the winner among "
+            "lora at two rates, parallel and bitfit, in about twice the time; elrea: a lora, and experts for clusters "
+            "of examples; distil: those of --over teach one adapter, on rows without an answer too; or tada: from "
+            "inputs in a dialect and outputs in standard words, what adapters of tasks can stand on.",
         ),
     ] = "auto",
     set_: Annotated[
@@ -60,7 +62,7 @@ def adapt(
         typer.Option(
             "--over",
             metavar="NAME,NAME,...",
-            help="The adapters of the library that a method such as fusion joins.",
+            help="The adapters of the library that a method such as fusion joins, or distil learns from.",
         ),
     ] = None,
     reuse: Annotated[
@@ -134,6 +136,13 @@ def adapt(
       polytask adapt few.csv --recipe tfew
     A handful of examples, and a library that knows similar tasks:
       polytask adapt few.csv --reuse
+    Examples of many kinds, with an expert for each of four clusters:
+      polytask adapt mixed.csv --method elrea --set clusters=4
+    What several adapters know, in one, with rows that nobody labelled:
+      polytask adapt some.csv --method distil --over tickets,questions
+    A dialect, from pairs of texts, below adapters that were taught without it:
+      polytask adapt pairs.csv -i dialect -o standard --method tada --name dialect
+      polytask predict --adapter "stack(dialect, tickets)"
     On top of an adapter that knows the language or the domain:
       polytask adapt tickets.csv --above german
     A dataset of the Hugging Face hub on another backbone:
@@ -144,7 +153,10 @@ def adapt(
     head on frozen features, or the backbone alone where the answer is a text.
     If it is stopped, the same command goes on.
     """
-    data = options.read_task(task, input=input, output=output, pair=pair, kind=kind, name=name, metric=metric)
+    if method == "tada":
+        kind, text = kind or "generation", False
+    columns = {"input": input, "output": output, "pair": pair, "kind": kind}
+    data = options.read_task(task, **columns, name=name, metric=metric, unlabelled=method == "distil")
     given = {"lr": lr, "epochs": epochs, "batch": batch, "seed": seed, "balanced": balanced}
     chosen, objective = options.settings(**given), "likelihood"
     if recipe is not None:
@@ -177,7 +189,28 @@ def adapt(
     )
     kept = Library(library)
     first = kept.get(begin) if begin else None
-    options.check(data, {"lora" if method in ("auto", "race") else method: {} if first else hyperparameters}, reading)
+    checked = {"lora" if method in ("auto", "race") else method: {} if first else hyperparameters}
+    if method == "distil":
+        from polytask.recipes.distil import split
+
+        if begin or above or reuse:
+            raise UsageError("distil begins at the backbone: leave out --begin, --above and --reuse")
+        own, student = split(hyperparameters)
+        checked = {own.student: student}
+    if method == "elrea":
+        from polytask.recipes import elrea
+
+        if begin or above or over or reuse:
+            raise UsageError("elrea begins at the backbone: leave out --begin, --above, --over and --reuse")
+        checked = {"lora": elrea.split(hyperparameters)[1]}
+    if method == "tada":
+        from polytask.recipes import tada
+
+        if begin or above or over or reuse:
+            raise UsageError("tada aligns with the backbone: leave out --begin, --above, --over and --reuse")
+        tada.split(hyperparameters)
+    else:
+        options.check(data, checked, reading)
     backbone = load(options.base_for(base, data, reading), precision=precision)  # type: ignore[arg-type]
     below = [kept.get(ref) for ref in above or ()]
     joined = [kept.get(ref.strip()) for ref in over.split(",")] if over else []
@@ -199,7 +232,40 @@ def adapt(
         progress.say(
             f"{data.name}: {data.kind}, {len(data.train)} training examples; {backbone.name} on {backbone.device}"
         )
-        [adapter] = adapt_many(backbone, [plan], folder=folder, on_event=progress)
+        if method == "distil":
+            from polytask.recipes.distil import distil
+
+            adapter = distil(
+                backbone,
+                data,
+                joined,
+                hyperparameters=hyperparameters,
+                settings=chosen,
+                reading=reading,
+                library=kept,
+                folder=folder,
+                on_event=progress,
+            )
+        elif method == "elrea":
+            made = elrea.elrea(
+                backbone,
+                data,
+                hyperparameters=hyperparameters,
+                settings=chosen,
+                reading=reading,
+                folder=folder,
+                on_event=progress,
+                tell=progress.say,
+            )
+            for part in made.support:
+                kept.add(part)
+            adapter = made.adapter
+        elif method == "tada":
+            adapter = tada.tada(
+                backbone, data, hyperparameters=hyperparameters, settings=chosen, reading=reading, on_event=progress
+            )
+        else:
+            [adapter] = adapt_many(backbone, [plan], folder=folder, on_event=progress)
         progress.finish(0)
         kept.add(adapter)
     _report(adapter, library, plan, json=json)
@@ -249,8 +315,9 @@ def _report(adapter: Adapter, library: Path, plan: Plan, *, json: bool) -> None:
         rows.add_row("note", note)
     rows.show_header = False
     where = "" if library == options.LIBRARY else f" --library {shlex.quote(str(library))}"
+    asked = data.name if adapter.head else f"stack({data.name}, TASK)"
     show.write(
-        rows, f"Kept in {library}. Ask it: echo 'a text' | polytask predict{where} --adapter {shlex.quote(data.name)}"
+        rows, f"Kept in {library}. Ask it: echo 'a text' | polytask predict{where} --adapter {shlex.quote(asked)}"
     )
 
 

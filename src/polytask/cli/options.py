@@ -177,6 +177,7 @@ def read_task(
     kind: str | None = None,
     name: str | None = None,
     metric: str | None = None,
+    unlabelled: bool = False,
 ) -> Task:
     """The task of `source`, with the kind checked, which on a command line is any text."""
     from polytask.tasks import Task
@@ -185,7 +186,8 @@ def read_task(
 
     if kind is not None and kind not in KINDS:
         raise UsageError(f"--kind {kind}: one of {', '.join(KINDS)}{near(kind, KINDS)}")
-    return Task.read(source, input=input, output=output, pair=pair, kind=kind, name=name, metric=metric)  # type: ignore[arg-type]
+    given: dict[str, Any] = {"input": input, "output": output, "pair": pair, "kind": kind, "name": name}
+    return Task.read(source, **given, metric=metric, unlabelled=unlabelled)
 
 
 def reading(

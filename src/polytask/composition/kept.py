@@ -10,7 +10,7 @@ from polytask.adapters import Adapter, Card, Lineage
 from polytask.adapters.expression import Ensemble, Expression, Parallel, Pipeline, read
 from polytask.errors import PolytaskError, UsageError
 from polytask.methods.composed import Composed
-from polytask.methods.method import method
+from polytask.methods.method import COMPOSED, method
 from polytask.tasks import TaskCard
 
 
@@ -29,7 +29,8 @@ class Kept(Composed):
 
 def expression_of(adapter: Adapter) -> Expression | None:
     """What a kept expression says, None for any other adapter."""
-    if adapter.method != Kept.name:
+    kind = COMPOSED.get(adapter.method)
+    if kind is None or not issubclass(kind, Kept):
         return None
     try:
         return read(str(adapter.hyperparameters["expression"]))

@@ -26,7 +26,7 @@ from torch import Tensor
 from polytask.adapters import TermCard, TextCard
 from polytask.backbones import text
 from polytask.inference.generation import generate
-from polytask.inference.writing import Prompt, Sampling
+from polytask.inference.writing import Prompt, Sampling, Steering
 from polytask.methods import passes
 from polytask.methods.lifting import Plan
 from polytask.methods.passes import Seat, Unit
@@ -54,8 +54,10 @@ def say(
     seats: Sequence[Seat],
     examples: Sequence[Example],
     sampling: Mapping[int, Sampling] | None = None,
+    steering: Mapping[int, Steering] | None = None,
 ) -> list[Said]:
-    """The answer of `seats[i]` to `examples[i]`; `sampling` has other rules for some of those that write."""
+    """The answer of `seats[i]` to `examples[i]`; `sampling` has other rules for some of those that write, `steering`
+    weights that follow what they write."""
     found: dict[int, Said] = {}
     writing = [i for i, seat in enumerate(seats) if seat.head.text and seat.head.text.decide == "write"]
     prompts = []
@@ -63,7 +65,7 @@ def say(
         prompt = text.ask(seats[i].head, replace(examples[i], output=None))
         [asked] = text.encode(plan.backbone, seats[i].head, [prompt])
         rule = (sampling or {}).get(i) or rule_of(seats[i])
-        prompts.append(Prompt(asked.ids, seats[i].weights, rule, asked.lead))
+        prompts.append(Prompt(asked.ids, seats[i].weights, rule, asked.lead, (steering or {}).get(i)))
     for i, written in zip(writing, generate(plan, prompts), strict=True):
         output = text.answer(seats[i].head, written.text, examples[i])
         found[i] = Said(output, math.exp(written.logprob), written.text)

@@ -21,15 +21,16 @@ from torch import Tensor
 from polytask.adapters import Adapter, HeadCard, TextCard
 from polytask.adapters.expression import Ensemble, Expression, Mix, Name, Parallel, Pipeline, understood
 from polytask.backbones import Backbone, heads, text
+from polytask.composition import elrea
 from polytask.composition.compose import Composer, Reader
 from polytask.composition.ensembled import ensembled, refuse_unlike
 from polytask.composition.kept import expression_of
 from polytask.composition.routing.nearest_task import NearestTask
-from polytask.composition.routing.router import Known, Routed, Router
+from polytask.composition.routing.router import Following, Known, Routed, Router
 from polytask.errors import PolytaskError, UsageError
 from polytask.inference.answers import Options, say, weigh
 from polytask.inference.generation import generate, stream
-from polytask.inference.writing import Piece, Prompt, Sampling, Written
+from polytask.inference.writing import Piece, Prompt, Sampling, Steering, Written
 from polytask.methods import Method, build, passes
 from polytask.methods.lifting import Active, Plan, Terms, planned
 from polytask.methods.passes import Seat, Unit
@@ -90,12 +91,24 @@ class Answer:
 
 
 @dataclass(frozen=True, eq=False)
+class _Follow:
+    """What a router goes on from while an answer is written: the adapters it chose for an input, and the input's text
+    with its embedding [d]."""
+
+    router: Following
+    ids: tuple[str, ...]
+    text: str
+    mean: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class _Ask:
     """An input, and who is to answer in a pass."""
 
     request: Request
     reader: Reader
     whole: bool = False
+    follow: _Follow | None = None
 
 
 @dataclass(frozen=True)
@@ -232,29 +245,57 @@ class Engine:
     def _answer(self, requests: list[Request], limit: int, router: Router) -> list[Answer]:
         answers: list[Answer | None] = [None] * len(requests)
         routed: dict[int, Routed] = {}
+        follows: dict[int, _Follow] = {}
         open_ = [i for i, r in enumerate(requests) if r.adapter is None]
         if open_:
             texts = [Example("", r.input, pair=r.pair).text for r in (requests[i] for i in open_)]
             pairs = [requests[i].pair is not None for i in open_]
-            for i, one in zip(open_, self.route(self.embed(texts, limit), pairs, router), strict=True):
+            means = self.embed(texts, limit)
+            for i, text_, mean, one in zip(open_, texts, means, self.route(means, pairs, router), strict=True):
                 if not one.weights:
                     answers[i] = Answer(None, None, None, None, one.sure)
                     continue
                 routed[i] = one
                 requests[i] = replace(requests[i], adapter=router.expression(one.weights))
+                if isinstance(router, Following) and len(one.weights) > 1:
+                    follows[i] = _Follow(router, tuple(one.weights), text_, mean)
+        by_input = self._by_input(requests, limit)
         programs = {i: self._program(self.expression(r.adapter), r) for i, r in enumerate(requests) if r.adapter}
         asked = {i: next(program) for i, program in programs.items()}
         while asked:
-            asks = [ask for each in asked.values() for ask in each]
+            asks = [replace(ask, follow=follows.get(i)) for i, each in asked.items() for ask in each]
             found = iter(self._found(asks, limit))
             ahead: dict[int, list[_Ask]] = {}
             for i, each in asked.items():
                 try:
                     ahead[i] = programs[i].send([next(found) for _ in each])
                 except StopIteration as end:
-                    answers[i] = self._told(end.value, router, routed[i]) if i in routed else end.value
+                    own = by_input.get(i) or self._joint(requests[i].adapter)
+                    answer = replace(end.value, adapter=own.id, name=own.name) if own else end.value
+                    answers[i] = self._told(answer, router, routed[i]) if i in routed else answer
             asked = ahead
         return [a for a in answers if a is not None]
+
+    def _joint(self, ref: str | Expression | None) -> Adapter | None:
+        """A kept ensemble, which answers under its own name."""
+        found = self._named(ref) if ref is not None else None
+        joint = isinstance(found, Name) and isinstance(self.expression(found), Ensemble)
+        return self._loaded[found.name].adapter if joint and isinstance(found, Name) else None
+
+    def _by_input(self, requests: list[Request], limit: int) -> dict[int, Adapter]:
+        """Have requests for adapters that answer each input by another expression ask for that; and these adapters."""
+        found: dict[int, Adapter] = {}
+        for i, request in enumerate(requests):
+            asked = request.adapter and self._named(request.adapter)
+            if isinstance(asked, Name) and isinstance(self._loaded[asked.name].method, elrea.Elrea):
+                found[i] = self._loaded[asked.name].adapter
+        for adapter in {own.id: own for own in found.values()}.values():
+            rows = [i for i, own in found.items() if own is adapter]
+            base = self._loaded[self.find(adapter.needs[0])].adapter
+            examples = [_example(requests[i], self._head(self.reader(base.id)), adapter.name) for i in rows]
+            for i, said in zip(rows, elrea.asked(self.backbone, adapter, base, examples, limit), strict=True):
+                requests[i] = replace(requests[i], adapter=said)
+        return found
 
     def _program(self, expression: Expression, request: Request) -> Generator[list[_Ask], list[_Found], Answer]:
         """The answer to one request, by asking one thing after another; what all requests ask for is found together."""
@@ -275,7 +316,10 @@ class Engine:
             who = self._loaded[self._composer.head(expression)].adapter
             z = [one.logits for one in several if one.logits is not None]
             assert several[0].decode is not None
-            output, probability = several[0].decode(ensembled(heads_[0], z, weights))
+            whole = (
+                elrea.pooled(z, weights) if isinstance(expression, elrea.Pooled) else ensembled(heads_[0], z, weights)
+            )
+            output, probability = several[0].decode(whole)
             return Answer(output, probability, who.id, who.name, parts=tuple(one.answer for one in several))
         [alone] = yield [_Ask(request, self.reader(expression))]
         return alone.answer
@@ -308,10 +352,13 @@ class Engine:
     def _found(self, asks: Sequence[_Ask], limit: int) -> list[_Found]:
         """An answer to each, and its head's logits where it is asked for `whole`, in shared passes."""
         readers = [*dict.fromkeys(ask.reader for ask in asks)]
-        plan, weights = self._planned([reader.terms for reader in readers])
+        follows = {n: ask.follow for n, ask in enumerate(asks) if ask.follow and _writes(self._head(ask.reader))}
+        members = {id: self.reader(Name(id)) for follow in follows.values() for id in follow.ids}
+        plan, weights = self._planned([reader.terms for reader in (*readers, *members.values())])
+        alone = dict(zip(members, weights[len(readers) :], strict=True))
         made = [
             Seat(self._head(reader), self._loaded[reader.head].head, row)
-            for reader, row in zip(readers, weights, strict=True)
+            for reader, row in zip(readers, weights, strict=False)
         ]
         seats = {reader: s for s, reader in enumerate(readers)}
         which = [seats[ask.reader] for ask in asks]
@@ -337,7 +384,8 @@ class Engine:
 
         said = [n for n, s in enumerate(which) if made[s].head.text]
         rules = {m: rule for m, n in enumerate(said) if (rule := asks[n].request.sampling)}
-        spoken = say(plan, [made[which[n]] for n in said], [examples[n] for n in said], rules)
+        steering = {m: self._steering(follows[n], alone, limit) for m, n in enumerate(said) if n in follows}
+        spoken = say(plan, [made[which[n]] for n in said], [examples[n] for n in said], rules, steering)
         for n, one in zip(said, spoken, strict=True):
             found[n] = (one.output, one.probability, one.mass)
             if one.scores is not None:
@@ -349,6 +397,16 @@ class Engine:
             said_by = Answer(output, probability, ask.reader.head, names[n], mass=mass)
             answers.append(_Found(said_by, logits.get(n), decodes.get(n)))
         return answers
+
+    def _steering(self, follow: _Follow, alone: Mapping[str, Tensor], limit: int) -> Steering:
+        """Weights that follow an answer; `alone` are those [K] that each adapter alone has in the plan."""
+        known, rows = self.known, torch.stack([alone[id] for id in follow.ids])
+        [ids] = self.backbone.tokenize([follow.text], limit=limit)
+
+        def weigh(mean: Tensor) -> Tensor:
+            return follow.router.follow(known, follow.ids, mean[None])[0] @ rows
+
+        return Steering(ids, follow.mean, weigh, follow.router.every)
 
     def weigh(self, requests: Sequence[Request]) -> list[Options]:
         """The likelihood of each request's options, by the adapter that it names."""
@@ -461,10 +519,14 @@ class Engine:
     def expression(self, ref: str | Expression) -> Expression:
         """What a name, an id, or an expression over them asks for, by ids. Raises UsageError where nothing is known of
         that name, or the text cannot be read."""
-        found = (understood(ref, self.find) if isinstance(ref, str) else ref).named(self.find)
+        found = self._named(ref)
         while isinstance(found, Name) and (kept := expression_of(self._loaded[found.name].adapter)):
             found = kept.named(self.find)
         return found
+
+    def _named(self, ref: str | Expression) -> Expression:
+        """What is asked for, by ids, with kept expressions under their own."""
+        return (understood(ref, self.find) if isinstance(ref, str) else ref).named(self.find)
 
     def reader(self, ref: str | Expression) -> Reader:
         """Whose head reads, and the adapters with weights that rows have, for an expression that is run in a pass."""
@@ -503,6 +565,11 @@ class Engine:
         return passes.embed(self.backbone, texts, limit)
 
 
+def _writes(head: HeadCard) -> bool:
+    """Whether its answers are written."""
+    return head.text is not None and head.text.decide == "write"
+
+
 def _option(names: Sequence[str], log_p: Tensor) -> tuple[Output, float | None]:
     """The most probable option."""
     p = log_p.softmax(-1)
@@ -524,7 +591,7 @@ def _example(request: Request, head: HeadCard, owner: str) -> Example:
     given: str | tuple[str, ...] = request.input
     if head.kind == "tagging" and isinstance(given, str):
         given = split_words(given)
-    if head.pair != "none" and request.pair is None:
+    if head.pair not in ("none", "beside") and request.pair is None:
         raise UsageError(f"adapter {owner} compares two texts and got one; put a tab between them")
     if head.pair == "none" and request.pair is not None:
         raise UsageError(f"adapter {owner} reads one text and got a pair")

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from polytask.backbones.attention import attending
-from polytask.backbones.frame import Frame, unembed
+from polytask.backbones.frame import Frame, read, unembed
 from polytask.errors import UsageError
 from polytask.inference.beams import Beams
-from polytask.inference.writing import Piece, Prompt, Row, Writer, Written
+from polytask.inference.writing import Piece, Prompt, Row, Steering, Writer, Written
 from polytask.methods.lifting import Acting, Mix, Plan
 
 if TYPE_CHECKING:
@@ -63,13 +63,24 @@ def stream(
         return
     none = torch.zeros(len(plan.adapters))
     weights = torch.stack([none if p.weights is None else p.weights.float().cpu() for p in prompts])
+    ways = [_way(plan, prompt, row) for prompt, row in zip(prompts, weights, strict=True)]
     for members in plan.together(weights):
-        for beams in (False, True):
-            rows = [i for i in members.tolist() if (prompts[i].sampling.beams > 1) == beams]
-            if rows and beams:
-                yield from Beams(plan, prompts, weights, guides).run(rows, places)
-            elif rows:
-                yield from _Continuous(plan, prompts, weights, guides).run(rows, places)
+        for way in (_Continuous, _Steered, Beams):
+            if rows := [i for i in members.tolist() if ways[i] is way]:
+                yield from way(plan, prompts, weights, guides).run(rows, places)
+
+
+def _way(plan: Plan, prompt: Prompt, weights: Tensor) -> type[Beams | _Continuous]:
+    """How a row with these weights [K] is written."""
+    still = plan.backbone.kind != "decoder" or bool(weights[plan.apart].any())
+    if prompt.steering is not None and not still:
+        if prompt.sampling.beams > 1:
+            raise UsageError(
+                f"beams = {prompt.sampling.beams}: weights that follow an answer follow one way to write it; leave out "
+                "beams, or name who is to answer"
+            )
+        return _Steered
+    return Beams if prompt.sampling.beams > 1 else _Continuous
 
 
 class _Continuous(Writer):
@@ -99,8 +110,11 @@ class _Continuous(Writer):
                     tokens = self._leave(tokens)
                     acting.mix = self._mix()
                 if self.rows:
-                    written = torch.tensor(tokens, device=self.backbone.device)
-                    hidden = self.frame.step(written, acting.changes)
+                    hidden = self._step(acting, torch.tensor(tokens, device=self.backbone.device))
+
+    def _step(self, acting: Acting, written: Tensor) -> Tensor:
+        """Next-token states of all rows after each one's token [S]."""
+        return self.frame.step(written, acting.changes)
 
     def _leave(self, tokens: list[int]) -> list[int]:
         """Take out the rows that are over; the tokens of those that stay."""
@@ -142,6 +156,56 @@ class _Continuous(Writer):
             tokens[drawn] = sample(allowed[drawn] / heat[:, None], top_p, u.to(logits.device))
         found = logits.gather(1, tokens[:, None])[:, 0] - total
         return tokens.tolist(), found.tolist()
+
+
+class _Steered(_Continuous):
+    """Rows whose weights follow what they write. A second frame has each row's input and answer as the backbone alone
+    reads them; `total` [S, d] are the sums of their `count` [S] states."""
+
+    def _admit(self, acting: Acting, hidden: Tensor) -> Tensor:
+        if not self.rows:
+            self.weights = self.weights.clone()
+            self.alone = Frame(self.backbone)
+            self.total = torch.zeros(0, self.backbone.hidden_size, device=self.backbone.device)
+            self.count = self.total[:, 0]
+        before = len(self.rows)
+        states = super()._admit(acting, hidden)
+        new = self.rows[before:]
+        # No longer than the prompt, so that there are positions as long as the row has some.
+        ids = [self._steering(row).ids[: len(self.prompts[row.number].ids)] for row in new]
+        acting.mix = Mix(self.weights.new_zeros(len(new), self.weights.shape[1]))
+        with torch.no_grad():
+            self.alone.join(read(self.backbone, self.backbone.collate(ids)))
+        acting.mix = self._mix()
+        count = self.count.new_tensor([len(row) for row in ids])
+        mean = torch.stack([self._steering(row).mean for row in new]).to(self.total)
+        self.count, self.total = torch.cat([self.count, count]), torch.cat([self.total, count[:, None] * mean])
+        return states
+
+    def _leave(self, tokens: list[int]) -> list[int]:
+        left = [place for place, row in enumerate(self.rows) if not row.over]
+        index = torch.tensor(left, dtype=torch.long, device=self.backbone.device)
+        self.alone.keep(index)
+        self.total, self.count = self.total[index], self.count[index]
+        return super()._leave(tokens)
+
+    def _step(self, acting: Acting, written: Tensor) -> Tensor:
+        mix, acting.mix = acting.mix, Mix(self.weights.new_zeros(len(self.rows), self.weights.shape[1]))
+        self.total = self.total + self.alone.step(written, {})
+        self.count = self.count + 1
+        changed = False
+        for row, h in zip(self.rows, self.total / self.count[:, None], strict=True):
+            steering = self._steering(row)
+            if not row.over and len(row.tokens) % steering.every == 0:
+                self.weights[row.number] = steering.weigh(h.cpu()).to(self.weights)
+                changed = True
+        acting.mix = self._mix() if changed else mix
+        return super()._step(acting, written)
+
+    def _steering(self, row: Row) -> Steering:
+        steering = self.prompts[row.number].steering
+        assert steering is not None
+        return steering
 
 
 def sample(logits: Tensor, top_p: Tensor, u: Tensor) -> Tensor:

@@ -60,17 +60,30 @@ class Sampling:
 
 
 @dataclass(frozen=True, eq=False)
+class Steering:
+    """Weights that follow what is written. `ids` are the tokens of the input, and `mean` [d] is the mean of the last
+    hidden states that the backbone alone has for them. After each `every` tokens, the row's weights become
+    `weigh(mean)` [K], where the mean [d] is that of the input and what has been written."""
+
+    ids: Sequence[int]
+    mean: Tensor
+    weigh: Callable[[Tensor], Tensor]
+    every: int
+
+
+@dataclass(frozen=True, eq=False)
 class Prompt:
     """A row to write: token ids, its weights [K] for the plan's adapters (None: the backbone alone), and its rule.
 
     `lead` is what stands between the prompt and the answer's first letter; it is written by the model and no part of
-    the answer.
+    the answer. With `steering` the weights are those that it begins with.
     """
 
     ids: Sequence[int]
     weights: Tensor | None = None
     sampling: Sampling = field(default_factory=Sampling)
     lead: str = ""
+    steering: Steering | None = None
 
 
 @dataclass(frozen=True)

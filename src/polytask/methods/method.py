@@ -47,6 +47,8 @@ class Method:
     """Whether `delta` gets among its tensors where each token stands: `at` [T] int64, its number in its text, and
     `left` [T], how many of the text come after it. A prompt's tokens count, not those of the answer, which have `at`
     of AFTER and −1 left; padding has −1 of both."""
+    beside: ClassVar[bool] = False
+    """Whether it reads the second text of a pair, so that the head reads the first alone: see `Batch.beside`."""
     composed: ClassVar[bool] = False
     """Whether its terms are other adapters' changes: see `composed`."""
     elsewhere: ClassVar[bool] = False
@@ -92,6 +94,10 @@ class Method:
         """What stands for a site's tensors in one pass of training, before `ready`, where that is drawn by chance: from
         torch's own generator, which the loop seeds and checkpoints."""
         return p
+
+    def annealed(self, share: float) -> Self:
+        """The method as it is when this share of training is done, from 0 to 1, where it changes on the way."""
+        return self
 
     def delta(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
         """Δ [T, width] for one row, from this site's tensors `p`, what the site reads x [T, reads], its value y."""
@@ -140,6 +146,11 @@ class Method:
             for parameter, tensor in self.init(sites[name], generator, frozen).items():
                 tensors[f"{name}/{parameter}"] = tensor
         return tensors
+
+    def shown(self, own: Mapping[str, Tensor], inputs: Callable[[], Tensor]) -> Mapping[str, Tensor]:
+        """What `start` made, where some of it follows from the training inputs: `inputs()` has their mean-pooled last
+        states [N, d] by the backbone alone, fp32."""
+        return own
 
     def joins(self, other: Method, mine: Params, its: Params) -> bool:
         """Whether another adapter's tensors at a site can be stacked with this one's and share a call."""

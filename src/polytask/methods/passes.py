@@ -31,10 +31,11 @@ TOKENS_A_PASS = 2048  # padded tokens: large enough for full matrix products, sm
 
 @dataclass(slots=True)
 class Unit:
-    """An example as token ids. `starts` are the positions that are read one by one: of its words' first pieces, where
-    it is tagged, of its mask tokens, or those that predict its answer's tokens, `target`. `written` is what a decoder
-    beside the encoder reads. `states` are cached hidden states [T, d] of each sequence at the block where passes
-    begin."""
+    """An example as token ids: a text's, or those of two texts of a pair (none of the second, where a method reads it
+    beside the first and there is none). `starts` are the positions that are read one by one: of its words' first
+    pieces, where it is tagged, of its mask tokens, or those that predict its answer's tokens, `target`. `written` is
+    what a decoder beside the encoder reads. `states` are cached hidden states [T, d] of each sequence at the block
+    where passes begin."""
 
     ids: tuple[list[int], ...]
     starts: list[int] | None = None
@@ -68,19 +69,32 @@ def encode(backbone: Backbone, head: HeadCard, examples: Sequence[Example], limi
         return answered(backbone, text.encode(backbone, head, [text.taught(head, e) for e in examples]))
     if head.kind == "tagging":
         ids, starts = backbone.tokenize_words([e.input for e in examples], limit)
-        return [Unit((row,), first) for row, first in zip(ids, starts, strict=True)]
+        return _beside(backbone, head, examples, [Unit((row,), at) for row, at in zip(ids, starts, strict=True)], limit)
     texts = [_spelt(head, e.input if isinstance(e.input, str) else " ".join(e.input)) for e in examples]
     seconds = [_spelt(head, e.pair or "") for e in examples]
     if head.masks:
         pairs = None if head.pair == "none" else seconds
         masked = zip(*backbone.tokenize_masked(texts, pairs, head.masks, limit), strict=True)
         return [Unit((row,), at) for row, at in masked]
-    if head.pair == "none":
-        return [Unit((row,)) for row in backbone.tokenize(texts, limit=limit)]
+    if head.pair in ("none", "beside"):
+        units = [Unit((row,)) for row in backbone.tokenize(texts, limit=limit)]
+        return _beside(backbone, head, examples, units, limit)
     if head.pair == "joint":
         return [Unit((row,)) for row in backbone.tokenize(texts, seconds, limit)]
     both = zip(backbone.tokenize(texts, limit=limit), backbone.tokenize(seconds, limit=limit), strict=True)
     return [Unit((u, v)) for u, v in both]
+
+
+def _beside(
+    backbone: Backbone, head: HeadCard, examples: Sequence[Example], units: list[Unit], limit: int
+) -> list[Unit]:
+    """The units with the second texts, where a method reads them."""
+    if head.pair != "beside":
+        return units
+    seconds = backbone.tokenize([_spelt(head, e.pair or "") for e in examples], limit=limit)
+    for unit, e, row in zip(units, examples, seconds, strict=True):
+        unit.ids = (*unit.ids, [] if e.pair is None else row)
+    return units
 
 
 def _spelt(head: HeadCard, said: str) -> str:
@@ -226,20 +240,29 @@ def forward(
         return
     rows: list[list[int]] = []
     states: list[Tensor] = []
+    beside: list[Unit | None] = []
     weights: list[Tensor] = []
     spans: dict[int, tuple[int, int]] = {}
     K = len(plan.adapters)
     for s, members in mine.items():
         begin = len(rows)
-        for side in range(len(units[members[0]].ids)):
+        second = seats[s].head.pair == "beside"
+        for side in range(1 if second else len(units[members[0]].ids)):
             rows += [units[i].ids[side] for i in members]
             states += [kept[side] for i in members if (kept := units[i].states)]
+            beside += [units[i] if second else None for i in members]
         spans[s] = (begin, len(rows))
         given = seats[s].weights
         weights.append((torch.zeros(K) if given is None else given).expand(len(rows) - begin, K))
     batch = backbone.collate(rows)
     if states:
         batch = replace(batch, start=start, states=_stacked(states, batch))
+    if any(unit and unit.ids[1] for unit in beside):
+        seconds = backbone.collate([unit.ids[1] if unit else [] for unit in beside])
+        if states:
+            theirs = [unit.states[1] if unit and unit.states else states[0][:0] for unit in beside]
+            seconds = replace(seconds, start=start, states=_stacked(theirs, seconds))
+        batch = replace(batch, beside=seconds)
     causal = seats[which[0]].head.causal
     hidden = plan.hidden(batch, torch.cat(weights).to(backbone.device), causal=causal)
     for s, members in mine.items():

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import polytask
 from polytask.adapters import Adapter, Card, HeadCard, Lineage, ScoreCard
 from polytask.adapters.expression import Name
-from polytask.backbones import Backbone
+from polytask.backbones import Backbone, heads
 from polytask.backbones.quantised import QUANTISED
 from polytask.composition.compose import Composer, sites, source
 from polytask.composition.routing.nearest_task import Profile
@@ -61,7 +62,7 @@ class Plan:
     hyperparameters of both (`select.share`), how to train, and how the answer is read. `begin` is an adapter whose
     tensors training begins with, by its method and hyperparameters where the method is `auto`. `above` are adapters,
     lowest first, that act below it in training and ever after, and stay as they are; `over` are what a composed method
-    is made of; `library` gives whatever these are made of in turn."""
+    is made of; `library` gives whatever these are made of in turn. `soft` stands for the outputs: see `Job`."""
 
     task: Task
     method: str = "auto"
@@ -72,6 +73,7 @@ class Plan:
     above: Sequence[Adapter] = ()
     over: Sequence[Adapter] = ()
     library: Source | None = None
+    soft: Tensor | None = field(default=None, compare=False)
 
     def composer(self) -> Composer:
         """Makes the adapters beside it ready to run, still."""
@@ -153,7 +155,9 @@ def adapt_many(
             head = head.model_copy(update={"text": short})
         if isinstance(method, Reprogram) and not head.text:
             head = head.model_copy(update={"alphabet": method.alphabet})
-        jobs[i] = Job(plan.task, method, head, plan.settings, selector, plan.begin, below, sources)
+        if method.beside and plan.task.pair:
+            head = heads.beside(plan.task, head)
+        jobs[i] = Job(plan.task, method, head, plan.settings, selector, plan.begin, below, sources, plan.soft)
     several = _told(on_event, [*jobs])
     learned = train(base, [*jobs.values()], on_event=several, folder=folder, accelerator=accelerator) if jobs else []
     found = {i: won.learned for i, won in raced.items()} | dict(zip(jobs, learned, strict=True))

@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import polytask
 from polytask.adapters import Adapter
-from polytask.backbones import Backbone
+from polytask.backbones import Backbone, heads
 from polytask.errors import PolytaskError, UsageError
 from polytask.evaluation import Comparison, Failure, Trial
 from polytask.evaluation.latency import added
@@ -123,6 +123,8 @@ def schedule(
             if writing and method.name == "head":
                 raise UsageError("the answer is in text, which has no head to train")
             method.start(base, 0, writing=writing)
+            if method.beside and task.pair:
+                heads.beside(task, reading.design(base, task, settings.limit))
         except UsageError as error:
             if methods is not None:
                 raise UsageError(f"{name}: {error}") from None

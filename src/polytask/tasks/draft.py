@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from polytask.errors import PolytaskError, UsageError
-from polytask.tasks.kinds import check_bio, guess_kind, label_names, to_example
+from polytask.tasks.kinds import check_bio, guess_kind, label_names, missing, to_example, to_input
 from polytask.tasks.scorers import default_metric, metric_name
 from polytask.tasks.splits import leaks, make_splits
 from polytask.tasks.tables import Row, listed, near
@@ -38,10 +38,21 @@ class Draft:
 
 
 def assemble(
-    draft: Draft, *, kind: Kind | None = None, name: str | None = None, metric: str | None = None, seed: int = 0
+    draft: Draft,
+    *,
+    kind: Kind | None = None,
+    name: str | None = None,
+    metric: str | None = None,
+    seed: int = 0,
+    unlabelled: bool = False,
 ) -> Task:
-    """The task of `draft`, every row checked; `kind`, `name` and `metric` go before what the draft says."""
+    """The task of `draft`, every row checked; `kind`, `name` and `metric` go before what the draft says. `unlabelled`:
+    rows of train without an output are kept, after those that have one."""
     notes = list(draft.notes)
+    without = [row for row in draft.splits.get("train", ()) if unlabelled and missing(row.output)]
+    if without:
+        answered = [row for row in draft.splits["train"] if not missing(row.output)]
+        draft = replace(draft, splits={**draft.splits, "train": answered})
     rows = [row for split in SPLITS for row in draft.splits.get(split, ())]
     if kind is not None and kind not in KINDS:
         raise UsageError(f"no kind {kind!r}{near(kind, KINDS)}; one of {', '.join(KINDS)}")
@@ -65,7 +76,7 @@ def assemble(
     return Task(
         name=name or draft.name,
         kind=kind,
-        train=splits["train"],
+        train=(*splits["train"], *(to_input(row, kind, row.id or f"unlabelled-{n}") for n, row in enumerate(without))),
         validation=splits["validation"],
         test=splits["test"],
         instruction=draft.instruction.strip(),

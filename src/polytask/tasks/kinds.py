@@ -103,9 +103,9 @@ def to_example(row: Row, kind: Kind, id: str) -> Example:
     text = _text(row, "input", row.input)
     output: Output
     if kind in ("regression", "similarity"):
-        number = None if _missing(row.output) else _number(row.output)
+        number = None if missing(row.output) else _number(row.output)
         if number is None or not math.isfinite(number):
-            what = "is missing" if _missing(row.output) else f"{row.output!r} is no finite number"
+            what = "is missing" if missing(row.output) else f"{row.output!r} is no finite number"
             raise PolytaskError(f"{row.where}: the output {what}; a {kind} task needs one in every row")
         output = number
     elif kind == "multilabel":
@@ -131,6 +131,12 @@ def to_example(row: Row, kind: Kind, id: str) -> Example:
             raise PolytaskError(f"{row.where}: the output {output!r} is none of the {len(options)} options")
         extra["options"] = options
     return Example(id, text, output, pair, extra)
+
+
+def to_input(row: Row, kind: Kind, id: str) -> Example:
+    """`row` as an example whose output nobody knows."""
+    given = _strings(row, "input", row.input) if kind == "tagging" else _text(row, "input", row.input)
+    return Example(id, given, None, None if row.pair is None else _text(row, "pair", row.pair), dict(row.extra or {}))
 
 
 def label_names(examples: Iterable[Example], kind: Kind) -> list[str]:
@@ -164,7 +170,8 @@ def check_bio(rows: Iterable[tuple[Row, Example]]) -> None:
                 )
 
 
-def _missing(value: Any) -> bool:
+def missing(value: Any) -> bool:
+    """Whether a cell has nothing in it."""
     return value is None or (isinstance(value, str) and not value.strip())
 
 

@@ -24,6 +24,7 @@ def read(
     name: str | None = None,
     metric: str | None = None,
     seed: int = 0,
+    unlabelled: bool = False,
 ) -> Task:
     """Read a task from a file, a folder or a hub id.
 
@@ -35,7 +36,8 @@ def read(
 
     `input`, `output` and `pair` name columns; `kind`, `name` and `metric` go before what the source says. What is not
     given is guessed where only one guess is possible, and `notes` of the task says so. Missing splits are made with
-    `seed` (see `polytask.tasks.splits`).
+    `seed` (see `polytask.tasks.splits`). `unlabelled`: rows of train whose output is empty are kept as examples without
+    one, after those that have one, instead of being refused.
 
     Raises UsageError for a path, column, kind or metric that is not there, PolytaskError for data that cannot be used,
     with file, line and field.
@@ -49,7 +51,7 @@ def read(
         if path.name in ("task.yaml", "task.json"):
             path = path.parent
         draft = from_folder(path, names) if path.is_dir() else _from_file(path, names)
-    return assemble(draft, kind=kind, name=name, metric=metric, seed=seed)
+    return assemble(draft, kind=kind, name=name, metric=metric, seed=seed, unlabelled=unlabelled)
 
 
 def _from_file(path: Path, names: dict[str, str | None]) -> Draft:

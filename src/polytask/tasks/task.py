@@ -163,11 +163,22 @@ class Task:
         name: str | None = None,
         metric: str | None = None,
         seed: int = 0,
+        unlabelled: bool = False,
     ) -> Task:
         """Read a task from a file, a folder or a hub id: see `polytask.tasks.readers.read`."""
         from polytask.tasks.readers import read
 
-        return read(source, input=input, output=output, pair=pair, kind=kind, name=name, metric=metric, seed=seed)
+        return read(
+            source,
+            input=input,
+            output=output,
+            pair=pair,
+            kind=kind,
+            name=name,
+            metric=metric,
+            seed=seed,
+            unlabelled=unlabelled,
+        )
 
 
 def is_bio(tags: Iterable[str]) -> bool:

@@ -7,6 +7,7 @@ the step counts, scores, history and the state of the random numbers. It replace
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -133,6 +134,7 @@ def describe(learner: Learner, fingerprint: str) -> str:
             vars(job.settings),
             card.sha256,
             fingerprint,
-        ],
+        ]
+        + ([hashlib.sha256(job.soft.numpy().tobytes()).hexdigest()] if job.soft is not None else []),
         sort_keys=True,
     )

@@ -27,6 +27,7 @@ from polytask.training.settings import Job
 # Training starts from the probe's logits times this. A probe that separates its training data has a loss, and so a
 # gradient, near zero, and the method would learn nothing.
 SOFTER = 0.3
+EMBEDDED = 2000  # training inputs that are shown to a method before it starts
 CACHE_BYTES = 512 << 20  # hidden states of a frozen prefix are kept up to this size
 PREDICTED = "p(token)"  # the geometric mean of the probabilities of the answers' tokens
 
@@ -69,7 +70,8 @@ class Learner:
 
     def terms(self, method: Method | None = None, tensors: Mapping[str, Tensor] | None = None) -> Terms:
         """What its rows ask for, with these instead of its own method and tensors."""
-        own = Active.of(method or self.method, self.tensors if tensors is None else tensors, self.sources)
+        method = (method or self.method).annealed(min(1.0, self.step / self.steps))
+        own = Active.of(method, self.tensors if tensors is None else tensors, self.sources)
         return stack([*self.above, ((1.0, own),)])
 
     @property
@@ -116,12 +118,14 @@ def prepare(backbone: Backbone, job: Job) -> Learner:
     if not task.train:
         raise PolytaskError(f"task {task.name}: no training examples")
     unlabelled = next((e for e in task.train if e.output is None), None)
-    if unlabelled is not None:
+    if unlabelled is not None and job.soft is None:
         raise PolytaskError(f"task {task.name}: training example {unlabelled.id} has no output")
     settings = job.settings
     room = backbone.max_length - job.method.slots - sum(a.method.slots for part in job.above for _, a in part)
     first = heads.start(job.head, backbone.hidden_size, settings.seed)
+    units = passes.encode(backbone, job.head, task.train, min(settings.tokens, room))
     own = job.method.start(backbone, settings.seed, writing=job.head.text is not None)
+    own = {**job.method.shown(own, lambda: _embedded(backbone, job, units))}
     begun = _begun(job, own)
     tensors = {f"head/{name}": t for name, t in first.items()} | own | begun
     weights = None
@@ -129,8 +133,8 @@ def prepare(backbone: Backbone, job: Job) -> Learner:
         weights = heads.class_weights(job.head, [e.output for e in task.train if e.output is not None])
     return Learner(
         job=job,
-        units=passes.encode(backbone, job.head, task.train, min(settings.tokens, room)),
-        targets=[] if job.head.text else [heads.encode(job.head, e.output) for e in task.train],
+        units=units,
+        targets=[] if job.head.text or job.soft is not None else [heads.encode(job.head, e.output) for e in task.train],
         held=passes.encode(backbone, job.head, task.validation, min(settings.tokens, room)),
         tensors={name: t.to(backbone.device) for name, t in tensors.items()},
         method=job.method,
@@ -139,6 +143,15 @@ def prepare(backbone: Backbone, job: Job) -> Learner:
         wrong=passes.wrong(backbone, job.head, task.train) if job.head.text and job.head.text.objective else [],
         class_weights=None if weights is None else weights.to(backbone.device),
     )
+
+
+def _embedded(backbone: Backbone, job: Job, units: Sequence[Unit]) -> Tensor:
+    """Mean-pooled last states [N, d] of the training inputs, of at most EMBEDDED that are drawn by the seed."""
+    rows = [Unit((ids,)) for unit in units for ids in unit.ids if ids]
+    drawn = torch.Generator().manual_seed(job.settings.seed)
+    chosen = torch.randperm(len(rows), generator=drawn)[:EMBEDDED].tolist()
+    plain = HeadCard(kind="classification", causal=job.head.causal)
+    return torch.stack(passes.features(backbone, plain, [rows[i] for i in chosen])).cpu()
 
 
 def _begun(job: Job, own: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -162,6 +175,8 @@ def targets(learner: Learner, members: Sequence[int]) -> Tensor:
     """The targets of some training examples, in the shape of their logits."""
     if learner.job.head.text:
         return torch.tensor([token for i in members for token in learner.units[i].target or ()])
+    if learner.job.soft is not None:
+        return learner.job.soft[list(members)]
     return targets_of(learner.job.head, [learner.units[i] for i in members], [learner.targets[i] for i in members])
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from polytask.adapters import Adapter, HeadCard
 from polytask.errors import UsageError
 from polytask.methods import Method
@@ -42,6 +44,9 @@ LEARNING_RATES = {
     "bitune": 1e-3,
     "reprogram": 1e-4,  # a step moves a symbol by the rate times Σ|E| over the vocabulary
     "opamp": 2e-3,
+    "flare": 2e-3,
+    "mor1e": 2e-3,
+    "task_experts": 2e-3,
     "kadapter": 1e-4,
     "full": 1e-4,
     "fusion": 1e-3,
@@ -49,6 +54,8 @@ LEARNING_RATES = {
     "scalearn_uniform": 6e-3,
     "atlas": 1e-1,
     "meteora": 2e-3,
+    "task_moe": 1e-1,
+    "bam": 2e-3,
 }
 
 
@@ -99,7 +106,8 @@ class Settings:
 class Job:
     """One adapter to train: a task, a method, a head, and how; `selector` chooses what of the method is trained.
     `begin` is an adapter of the method whose tensors it begins with. It is trained `above` what these do, and
-    `sources` are what a composed method is made of."""
+    `sources` are what a composed method is made of. `soft` [N, C] says for each training example how much each class
+    counts, in place of its output, which need not be known then: the loss is −Σ_c soft_c log p_c."""
 
     task: Task
     method: Method
@@ -109,3 +117,4 @@ class Job:
     begin: Adapter | None = None
     above: tuple[Terms, ...] = ()
     sources: tuple[Active, ...] = ()
+    soft: Tensor | None = field(default=None, compare=False)

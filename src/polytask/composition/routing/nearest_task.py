@@ -8,6 +8,9 @@
 The centroid router of many mixture papers at the granularity of tasks (e.g. Jang et al. 2023, arXiv 2302.03202;
 Zhao et al. 2024, arXiv 2402.09997), with a rejection by each task's own spread, so that a narrow task does not draw in
 what merely resembles it. e(x) is the frozen backbone's mean-pooled last hidden state; no adapter runs to route.
+
+States of middle blocks would send more test inputs to their own task (MiniLM, 13 tasks: 76 % against 71 %), by their
+style and length: of inputs that are cut to five words, 31 % against 56 %.
 """
 
 from __future__ import annotations

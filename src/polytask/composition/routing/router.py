@@ -12,7 +12,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, dataclass_transform
+from typing import Any, ClassVar, Protocol, dataclass_transform, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -124,6 +124,21 @@ class Router(Protocol):
 
     def expression(self, weights: Mapping[str, float]) -> Expression:
         """How they answer together."""
+        ...
+
+
+@runtime_checkable
+class Following(Protocol):
+    """A router whose weights follow an answer while it is written."""
+
+    @property
+    def every(self) -> int:
+        """After so many tokens they are worked out anew."""
+        ...
+
+    def follow(self, known: Known, ids: Sequence[str], embeddings: Tensor) -> Tensor:
+        """Weights [R, N] of the adapters `ids`, those that were chosen for an input, from the embeddings [R, d] of the
+        input with what has been written."""
         ...
 
 
