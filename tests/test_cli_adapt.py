@@ -346,3 +346,26 @@ def test_a_checkpoint_can_be_kept_and_refused(tmp_path: Path) -> None:
     assert other.status == 1
     assert "other work" in other.error
     assert run("adapt", table, *options, "--seed", "1", "--no-resume", "--json").status == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (
+            ["-m", "elrea", "--over", "a"],
+            "elrea begins at the backbone: leave out --begin, --above, --over and --reuse",
+        ),
+        (["-m", "distil", "--reuse"], "distil begins at the backbone: leave out --begin, --above and --reuse"),
+        (["-m", "tada", "--set", "critic=-1"], "tada.critic = -1.0: 0 or more is needed"),
+        (["-m", "distil", "--set", "student=none"], "none"),
+        (["-m", "elrea", "--set", "q=3"], "lora has no hyperparameter 'q'"),
+    ],
+)
+def test_recipes_are_refused_before_a_backbone_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], says: str
+) -> None:
+    monkeypatch.setattr("polytask.backbones.load", lambda *_, **__: pytest.fail("a backbone is loaded"))
+    done = run("adapt", write_table(tmp_path / "things.csv"), "-l", tmp_path / "skills", *given)
+    assert done.status == 2, done.err
+    assert says in done.err
+    assert done.error

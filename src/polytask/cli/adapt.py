@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from polytask.cli import options, show
+from polytask.cli import options, recipes, show
 from polytask.cli.checkpoints import folder_for, resumable
 from polytask.cli.progress import Progress
 from polytask.errors import UsageError
@@ -189,27 +190,12 @@ def adapt(
     )
     kept = Library(library)
     first = kept.get(begin) if begin else None
-    checked = {"lora" if method in ("auto", "race") else method: {} if first else hyperparameters}
-    if method == "distil":
-        from polytask.recipes.distil import split
-
-        if begin or above or reuse:
-            raise UsageError("distil begins at the backbone: leave out --begin, --above and --reuse")
-        own, student = split(hyperparameters)
-        checked = {own.student: student}
-    if method == "elrea":
-        from polytask.recipes import elrea
-
-        if begin or above or over or reuse:
-            raise UsageError("elrea begins at the backbone: leave out --begin, --above, --over and --reuse")
-        checked = {"lora": elrea.split(hyperparameters)[1]}
-    if method == "tada":
-        from polytask.recipes import tada
-
-        if begin or above or over or reuse:
-            raise UsageError("tada aligns with the backbone: leave out --begin, --above, --over and --reuse")
-        tada.split(hyperparameters)
-    else:
+    trained = "lora" if method in ("auto", "race") else method
+    checked: Mapping[str, Mapping[str, Any]] = {trained: {} if first else hyperparameters}
+    if method in recipes.NAMES:
+        recipes.alone(method, begin=begin, above=above, over=bool(over), reuse=reuse)
+        checked = recipes.trains(method, hyperparameters)
+    if checked:
         options.check(data, checked, reading)
     backbone = load(options.base_for(base, data, reading), precision=precision)  # type: ignore[arg-type]
     below = [kept.get(ref) for ref in above or ()]
@@ -232,42 +218,13 @@ def adapt(
         progress.say(
             f"{data.name}: {data.kind}, {len(data.train)} training examples; {backbone.name} on {backbone.device}"
         )
-        if method == "distil":
-            from polytask.recipes.distil import distil
-
-            adapter = distil(
-                backbone,
-                data,
-                joined,
-                hyperparameters=hyperparameters,
-                settings=chosen,
-                reading=reading,
-                library=kept,
-                folder=folder,
-                on_event=progress,
-            )
-        elif method == "elrea":
-            made = elrea.elrea(
-                backbone,
-                data,
-                hyperparameters=hyperparameters,
-                settings=chosen,
-                reading=reading,
-                folder=folder,
-                on_event=progress,
-                tell=progress.say,
-            )
-            for part in made.support:
-                kept.add(part)
-            adapter = made.adapter
-        elif method == "tada":
-            adapter = tada.tada(
-                backbone, data, hyperparameters=hyperparameters, settings=chosen, reading=reading, on_event=progress
-            )
+        if method in recipes.NAMES:
+            *support, adapter = recipes.learn(backbone, plan, folder, progress)
         else:
-            [adapter] = adapt_many(backbone, [plan], folder=folder, on_event=progress)
+            support, [adapter] = [], adapt_many(backbone, [plan], folder=folder, on_event=progress)
         progress.finish(0)
-        kept.add(adapter)
+        for one in (*support, adapter):
+            kept.add(one)
     _report(adapter, library, plan, json=json)
 
 

@@ -231,7 +231,7 @@ def base_for(base: str | None, task: Task, reading: Reading) -> str:
     return base or ("polytask-base" if reading.writes(task) else "minilm")
 
 
-def check(task: Task, methods: Mapping[str, Mapping[str, str]], reading: Reading) -> None:
+def check(task: Task, methods: Mapping[str, Mapping[str, Any]], reading: Reading) -> None:
     """Tell what is wrong with methods (and their hyperparameters), pooling, template or the kind before a model is
     loaded."""
     from polytask.backbones import heads
