@@ -18,7 +18,7 @@ from test_cli_compare import Balanced
 
 from polytask.adapters import Adapter, Lineage, ScoreCard
 from polytask.adapters.expression import Name
-from polytask.composition.sources import Source
+from polytask.composition.differences import Weighed
 from polytask.evaluation.library_map import Input, Link, Picture, Routing, Tried, changes, plane
 from polytask.evaluation.library_page import LISTED, page
 from polytask.library import Library
@@ -89,12 +89,12 @@ def test_cosines_of_what_loras_change_by_hand() -> None:
     """ΔW of a: [[2, 0], [0, 0]] at q. Of b, rank 2 at scale 3: [[3, 3], [0, 0]] at q, so cos = 6 / (2·√18) = 1/√2 if
     that were all; with 4 at v besides, 6 / (2·√34). c is b's negative at q alone. d, untrained, has no direction."""
 
-    def lora(name: str, alpha: float, at: dict[str, tuple[list[list[float]], list[list[float]]]]) -> Source:
+    def lora(name: str, alpha: float, at: dict[str, tuple[list[list[float]], list[list[float]]]]) -> Weighed:
         tensors = {f"0.attn.{s}/{n}": torch.tensor(t) for s, AB in at.items() for n, t in zip("AB", AB, strict=True)}
         r = len(next(iter(at.values()))[0])
         given = {"r": r, "alpha": alpha, "sites": [f"0.attn.{s}" for s in at]}
         one = adapter(name, tensors=tensors, hyperparameters=given)
-        return Source(one, Active.of(build("lora", given), tensors), 1.0)
+        return Weighed(one, Active.of(build("lora", given), tensors), 1.0)
 
     square = ([[1.0, 0.0], [0.0, 1.0]], [[1.0, 1.0], [0.0, 0.0]])
     a = lora("a", 1.0, {"q": ([[1.0, 0.0]], [[2.0], [0.0]])})

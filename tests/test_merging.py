@@ -533,7 +533,7 @@ def test_modules_are_merged_one_after_the_other(monkeypatch):
         most = max(most, sum(ref() is not None for ref in alive))
         return maps, rest
 
-    monkeypatch.setattr("polytask.composition.sources.differences", watched)
+    monkeypatch.setattr("polytask.composition.differences.differences", watched)
     merge(backbone, parts, "ties", 2)
     assert len(alive) > 30
     assert 2 <= most <= 2 * len(parts)

@@ -20,19 +20,19 @@ from torch import Tensor
 import polytask as pt
 from polytask.adapters import Adapter, HeadCard
 from polytask.backbones import Backbone, heads
+from polytask.composition.differences import Weighed, places
 from polytask.composition.merge import merge
 from polytask.composition.merging.fitted import fitted_rules
 from polytask.composition.merging.fitted.adamerging import entropy
 from polytask.composition.merging.fitted.blend import Blend
 from polytask.composition.merging.fitted.coefficients import Coefficients
 from polytask.composition.merging.fitted.descent import backward, descend
-from polytask.composition.merging.fitted.fisher import Fisher, Weighed, surprise
+from polytask.composition.merging.fitted.fisher import Fisher, Informed, surprise
 from polytask.composition.merging.fitted.reading import Read, read
 from polytask.composition.merging.fitted.regmean import Regressed, products, shrunk
 from polytask.composition.merging.fitted.supermerge import SuperMerge, losses
 from polytask.composition.merging.rule import Rule, build
 from polytask.composition.overlap import overlap
-from polytask.composition.sources import Source, places
 from polytask.errors import UsageError
 from polytask.library import Library
 from polytask.methods import build as method_of
@@ -81,7 +81,7 @@ def test_entropy_of_several_labels_is_the_sum_of_each_one_s():
 
 def test_coefficients_by_hand():
     """θ₀ = [1, 1], τ = [.2, .4] and [1, −1], w = [.5, −1]: tanh is [.4621, −.7616], and θ = [.3308, 1.9464]."""
-    a, b = (Source(adapter(n, seed=i), Active(method_of("lora"), {}), 1.0) for i, n in enumerate("ab"))
+    a, b = (Weighed(adapter(n, seed=i), Active(method_of("lora"), {}), 1.0) for i, n in enumerate("ab"))
     rule = Coefficients([a, b], {"p": torch.tensor([0.5, -1.0]).tanh(), "q": torch.tensor([0.1, 0.2])}, "hand")
     assert (1 + here(rule, [[0.2, 0.4], [1, -1]])).tolist() == pytest.approx([0.3308, 1.9464], abs=1e-4)
     assert rule.at("p").coefficients(ONES) == pytest.approx([0.4621, -0.7616], abs=1e-4)
@@ -92,7 +92,7 @@ def test_coefficients_by_hand():
 def test_fisher_by_hand():
     """F = [1, .1] and [.2, .4], θ = [1, 2] and [3, −1]: [(1 + .6)/1.2, (.2 − .4)/.5] = [1.3333, −.4]; with the second
     one twice as heavy [(1 + 1.2)/1.4, (.2 − .8)/.9]."""
-    rule = Weighed({"p": torch.tensor([[1, 0.1], [0.2, 0.4]])})
+    rule = Informed({"p": torch.tensor([[1, 0.1], [0.2, 0.4]])})
     assert here(rule, [[1, 2], [3, -1]]).tolist() == pytest.approx([4 / 3, -0.4])
     twice = here(rule, [[1, 2], [3, -1]], torch.tensor([1.0, 2.0], dtype=torch.float64))
     assert twice.tolist() == pytest.approx([2.2 / 1.4, -0.6 / 0.9])
@@ -173,8 +173,8 @@ def two(method: str = "lora", scale: float = 0.2, **hyper: object) -> list[Adapt
     return parts
 
 
-def sources(parts: Sequence[Adapter]) -> list[Source]:
-    return [Source(one, Active.of(method_of(one.method, one.hyperparameters), one.tensors), 1.0) for one in parts]
+def sources(parts: Sequence[Adapter]) -> list[Weighed]:
+    return [Weighed(one, Active.of(method_of(one.method, one.hyperparameters), one.tensors), 1.0) for one in parts]
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -358,7 +358,7 @@ def off(rule: Rule, τ: dict[str, Tensor], parts: Sequence[Adapter]) -> float:
             if isinstance(rule, Regressed):
                 total += float(torch.einsum("oi,ij,oj->", Δ, rule.G[site][k].double(), Δ))
             else:
-                assert isinstance(rule, Weighed)
+                assert isinstance(rule, Informed)
                 total += float((rule.F[site][k].double() * Δ.square()).sum())
     return total
 

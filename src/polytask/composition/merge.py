@@ -28,11 +28,11 @@ from torch import Tensor
 import polytask
 from polytask.adapters import Adapter, Card, Lineage
 from polytask.backbones import Backbone
+from polytask.composition.differences import Weighed, at_module, beside, check, factors, modules, norm, whole_weights
 from polytask.composition.low_rank import nearest
 from polytask.composition.merging.fitted import Fitted
 from polytask.composition.merging.rule import Rule, build
 from polytask.composition.overlap import overlaps
-from polytask.composition.sources import Source, at_module, beside, check, factors, modules, norm, whole_weights
 from polytask.errors import PolytaskError, UsageError
 from polytask.methods import build as method_of
 from polytask.methods.lifting import Active
@@ -105,7 +105,7 @@ def merge(
     owner = _owner(adapters, head)
     w = torch.tensor(given, dtype=torch.float64)
     sources = [
-        Source(one, Active.of(method_of(one.method, one.hyperparameters), one.tensors), weight)
+        Weighed(one, Active.of(method_of(one.method, one.hyperparameters), one.tensors), weight)
         for one, weight in zip(adapters, given, strict=True)
     ]
     places = modules(base)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polytask.adapters import Adapter
-from polytask.composition.sources import Source, factors
+from polytask.composition.differences import Weighed, factors
 from polytask.library import Entry, Library
 from polytask.methods import build
 from polytask.methods.lifting import Active
@@ -122,7 +122,7 @@ class Picture:
         """Of the adapters that are in the library now. They are read one at a time, and LoRAs' factors kept."""
         entries = library.list()
         profiles: dict[str, Tensor] = {}
-        loras: dict[str, Source] = {}
+        loras: dict[str, Weighed] = {}
         links: list[Link] = []
         tried: list[Tried] = []
         gains: dict[str, tuple[str, float, float]] = {}
@@ -138,7 +138,7 @@ class Picture:
             if mean is not None and bool(mean.any()):
                 profiles[one.id] = F.normalize(mean.double(), dim=0)
             if one.method == LoRA.name:
-                loras[one.id] = Source(one, Active.of(build(one.method, one.hyperparameters), one.tensors), 1.0)
+                loras[one.id] = Weighed(one, Active.of(build(one.method, one.hyperparameters), one.tensors), 1.0)
         maps = []
         for fingerprint in dict.fromkeys(entry.fingerprint for entry in entries):
             own = [entry.id for entry in entries if entry.fingerprint == fingerprint]
@@ -194,7 +194,7 @@ class Picture:
         }
 
 
-def changes(loras: Sequence[Source]) -> tuple[list[str], Tensor]:
+def changes(loras: Sequence[Weighed]) -> tuple[list[str], Tensor]:
     """The ids of those that change something, and the cosines of their ΔW over all sites, [N, N]."""
     G = torch.zeros(len(loras), len(loras), dtype=torch.float64)
     for at in dict.fromkeys(at for source in loras for at in source.active.at):

@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from polytask.backbones import Backbone
+from polytask.composition.differences import Weighed, places
 from polytask.composition.merging.fitted.blend import Blend
 from polytask.composition.merging.fitted.coefficients import Coefficients
 from polytask.composition.merging.fitted.descent import descend
 from polytask.composition.merging.fitted.fitted import Fitted, fitted
 from polytask.composition.merging.fitted.reading import Read, read
 from polytask.composition.merging.rule import Rule
-from polytask.composition.sources import Source, places
 from polytask.errors import UsageError
 from polytask.tasks import Task
 
@@ -58,7 +58,7 @@ class AdaMerging(Fitted):
         if not 0 <= self.start <= 1:
             raise UsageError(f"adamerging.start = {self.start:g}: a number from 0 to 1 is needed")
 
-    def fit(self, base: Backbone, sources: Sequence[Source], tasks: Sequence[Task]) -> Rule:
+    def fit(self, base: Backbone, sources: Sequence[Weighed], tasks: Sequence[Task]) -> Rule:
         for source in sources:
             head = source.adapter.head
             if head is not None and head.kind in ("regression", "similarity") and not head.text:

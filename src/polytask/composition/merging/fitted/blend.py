@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from polytask.backbones import Backbone
-from polytask.composition.sources import Source, at_module, factors, modules, nothing, whole_weights
+from polytask.composition.differences import Weighed, at_module, factors, modules, nothing, whole_weights
 from polytask.methods import build
 from polytask.methods.lifting import Active
 from polytask.methods.lora import LoRA
 
-Group = Sequence[tuple[Source, Tensor]]
+Group = Sequence[tuple[Weighed, Tensor]]
 """Adapters, each with its c [P]."""
 
 

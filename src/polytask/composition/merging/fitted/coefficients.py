@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polytask.composition.differences import Weighed
 from polytask.composition.merging.rule import Rule
-from polytask.composition.sources import Source
 
 
 class Coefficients(Rule):
@@ -20,7 +20,7 @@ class Coefficients(Rule):
 
     linear = True
 
-    def __init__(self, sources: Sequence[Source], λ: Mapping[str, Tensor], how: str) -> None:
+    def __init__(self, sources: Sequence[Weighed], λ: Mapping[str, Tensor], how: str) -> None:
         self.sources, self.λ, self.how = sources, λ, how
 
     def at(self, where: str) -> Rule:

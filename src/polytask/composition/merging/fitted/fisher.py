@@ -25,11 +25,11 @@ from torch.nn import functional as F
 
 from polytask.adapters import HeadCard
 from polytask.backbones import Backbone
+from polytask.composition.differences import Weighed, at_module, modules, norm, places
 from polytask.composition.merging.fitted.blend import Blend
 from polytask.composition.merging.fitted.fitted import Fitted, fitted
 from polytask.composition.merging.fitted.reading import Read, read
 from polytask.composition.merging.rule import Rule
-from polytask.composition.sources import Source, at_module, modules, norm, places
 from polytask.methods import build, passes
 from polytask.methods.lifting import Active, Plan
 from polytask.tasks import Task
@@ -49,7 +49,7 @@ class Fisher(Fitted):
     split: str = "train"
     seed: int = 0
 
-    def fit(self, base: Backbone, sources: Sequence[Source], tasks: Sequence[Task]) -> Rule:
+    def fit(self, base: Backbone, sources: Sequence[Weighed], tasks: Sequence[Task]) -> Rule:
         at = places(base, sources)
         in_text = any(source.adapter.head is not None and source.adapter.head.text for source in sources)
         reads = read(self, base, sources, tasks, self.examples, labelled=in_text)
@@ -60,12 +60,12 @@ class Fisher(Fitted):
             mean = sum(float(t.sum()) for t in F.values()) / sum(t.numel() for t in F.values())
             F = {name: t.clamp(min=self.floor * mean) if mean else torch.ones_like(t) for name, t in F.items()}
             length = math.hypot(*map(norm, F.values()))
-            parted = Source(source.adapter, Active.of(build("full"), F), 1.0)
+            parted = Weighed(source.adapter, Active.of(build("full"), F), 1.0)
             for path, sites in modules(base).items():
                 for place, t in at_module(base, parted, path, sites).items():
                     if place in found:
                         found[place].append((t / length).float())
-        return Weighed({place: torch.stack(F_k) for place, F_k in found.items()})
+        return Informed({place: torch.stack(F_k) for place, F_k in found.items()})
 
     def _squares(self, base: Backbone, active: Active, one: Read) -> dict[str, Tensor]:
         """F at the weights that this adapter makes, by the tensors' names."""
@@ -97,17 +97,17 @@ def surprise(head: HeadCard, z: Tensor, draw: torch.Generator) -> Tensor:
     return F.cross_entropy(z, drawn.to(z.device), reduction="sum")
 
 
-class Weighed(Rule):
+class Informed(Rule):
     """`F`: by place, [K, ...]."""
 
     def __init__(self, F: Mapping[str, Tensor]) -> None:
         self.F = F
 
     def at(self, where: str) -> Rule:
-        return WeighedHere(self.F[where])
+        return InformedHere(self.F[where])
 
 
-class WeighedHere(Rule):
+class InformedHere(Rule):
     """The rule at one place."""
 
     def __init__(self, F: Tensor) -> None:

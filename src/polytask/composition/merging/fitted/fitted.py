@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from polytask.backbones import Backbone
+from polytask.composition.differences import Weighed
 from polytask.composition.merging.rule import Rule
-from polytask.composition.sources import Source
 from polytask.errors import UsageError
 from polytask.tasks import Task
 from polytask.tasks.task import SPLITS
@@ -29,7 +29,7 @@ class Fitted:
     seed: int = 0
     split: str = ""
 
-    def fit(self, base: Backbone, sources: Sequence[Source], tasks: Sequence[Task]) -> Rule:
+    def fit(self, base: Backbone, sources: Sequence[Weighed], tasks: Sequence[Task]) -> Rule:
         """The rule for these adapters; task k is adapter k's.
 
         Raises UsageError where a task has nothing to read or an adapter has no head to read it by.

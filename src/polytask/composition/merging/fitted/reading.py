@@ -11,8 +11,8 @@ from torch import Tensor
 
 from polytask.adapters import HeadCard
 from polytask.backbones import Backbone, heads, text
+from polytask.composition.differences import Weighed
 from polytask.composition.merging.fitted.fitted import Fitted
-from polytask.composition.sources import Source
 from polytask.errors import UsageError
 from polytask.methods import passes
 from polytask.methods.passes import Seat, Unit
@@ -41,7 +41,7 @@ class Read:
 
 
 def read(
-    rule: Fitted, base: Backbone, sources: Sequence[Source], tasks: Sequence[Task], n: int, *, labelled: bool
+    rule: Fitted, base: Backbone, sources: Sequence[Weighed], tasks: Sequence[Task], n: int, *, labelled: bool
 ) -> list[Read]:
     """Of each task, n examples that the rule's seed draws from its split; only inputs are read where not `labelled`.
 
@@ -50,7 +50,7 @@ def read(
     return [_read(rule, base, source, task, n, labelled) for source, task in zip(sources, tasks, strict=True)]
 
 
-def _read(rule: Fitted, base: Backbone, source: Source, task: Task, n: int, labelled: bool) -> Read:
+def _read(rule: Fitted, base: Backbone, source: Weighed, task: Task, n: int, labelled: bool) -> Read:
     one, head = source.adapter, source.adapter.head
     if head is None:
         raise UsageError(f"{rule.name}: adapter {one.name} has no head to read task {task.name} by")

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from polytask.backbones import Backbone
+from polytask.composition.differences import Weighed, places
 from polytask.composition.merging.fitted.fitted import Fitted, fitted
 from polytask.composition.merging.fitted.reading import Read, read
 from polytask.composition.merging.rule import Rule
-from polytask.composition.sources import Source, places
 from polytask.errors import UsageError
 from polytask.methods import passes
 from polytask.methods.lifting import Active, Plan
@@ -49,7 +49,7 @@ class RegMean(Fitted):
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"regmean.alpha = {self.alpha:g}: a number from 0 to 1 is needed")
 
-    def fit(self, base: Backbone, sources: Sequence[Source], tasks: Sequence[Task]) -> Rule:
+    def fit(self, base: Backbone, sources: Sequence[Weighed], tasks: Sequence[Task]) -> Rule:
         at = places(base, sources)
         maps = {base.sites[place].path for place in at if place in base.sites}
         reads = read(self, base, sources, tasks, self.examples, labelled=False)

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from polytask.backbones import Backbone, heads
+from polytask.composition.differences import Weighed, places
 from polytask.composition.merging.fitted.blend import Blend
 from polytask.composition.merging.fitted.coefficients import Coefficients
 from polytask.composition.merging.fitted.descent import descend
 from polytask.composition.merging.fitted.fitted import Fitted, fitted
 from polytask.composition.merging.fitted.reading import Read, read
 from polytask.composition.merging.rule import Rule
-from polytask.composition.sources import Source, places
 from polytask.errors import UsageError
 from polytask.tasks import Task
 
@@ -54,7 +54,7 @@ class SuperMerge(Fitted):
         if self.tree == 1 or self.tree < 0:
             raise UsageError(f"supermerge.tree = {self.tree}: at least 2 at a time, or 0 for all at once")
 
-    def fit(self, base: Backbone, sources: Sequence[Source], tasks: Sequence[Task]) -> Rule:
+    def fit(self, base: Backbone, sources: Sequence[Weighed], tasks: Sequence[Task]) -> Rule:
         if len(sources) < 2:
             raise UsageError("supermerge needs at least two adapters")
         at = places(base, sources)

@@ -23,7 +23,7 @@ from polytask.methods.lora import LoRA
 
 
 @dataclass(frozen=True)
-class Source:
+class Weighed:
     """An adapter and its weight."""
 
     adapter: Adapter
@@ -44,7 +44,7 @@ def modules(base: Backbone) -> dict[str, list[str]]:
     return {path: sites.get(id(module), []) for path, module in base.base.named_modules() if module._parameters}
 
 
-def places(base: Backbone, sources: Sequence[Source]) -> tuple[str, ...]:
+def places(base: Backbone, sources: Sequence[Weighed]) -> tuple[str, ...]:
     """Where any of the adapters changes something, in the order of modules."""
     found: dict[str, None] = {}
     for path, sites in modules(base).items():
@@ -69,7 +69,7 @@ def nothing(base: Backbone, place: str) -> Tensor:
     return torch.zeros(θ.shape, device=_device(base))
 
 
-def check(base: Backbone, source: Source, places: Mapping[str, list[str]]) -> None:
+def check(base: Backbone, source: Weighed, places: Mapping[str, list[str]]) -> None:
     """Raise UsageError where an adapter has no ΔW, as far as one site of it tells."""
     one, method, at = source.adapter, source.active.method, source.active.at
     who = f"{one.name}: {method.name}"
@@ -105,7 +105,7 @@ def check(base: Backbone, source: Source, places: Mapping[str, list[str]]) -> No
     _exact(base, source, {first: at[first]})
 
 
-def beside(sources: Sequence[Source], places: Mapping[str, list[str]]) -> str:
+def beside(sources: Sequence[Weighed], places: Mapping[str, list[str]]) -> str:
     """A weight that is changed and is no linear map's; empty where there is none."""
     for source in sources:
         if source.active.method.swaps:
@@ -116,7 +116,7 @@ def beside(sources: Sequence[Source], places: Mapping[str, list[str]]) -> str:
     return ""
 
 
-def at_module(base: Backbone, source: Source, path: str, sites: Sequence[str]) -> dict[str, Tensor]:
+def at_module(base: Backbone, source: Weighed, path: str, sites: Sequence[str]) -> dict[str, Tensor]:
     """An adapter's differences to one module's weights, by site, and by `:<module path>/<parameter>` where they are no
     linear map's weight."""
     at = source.active.at
@@ -128,7 +128,7 @@ def at_module(base: Backbone, source: Source, path: str, sites: Sequence[str]) -
     return maps | {f":{path}/{n}": Δθ.to(_device(base), torch.float64) for n, Δθ in rest.items()}
 
 
-def _exact(base: Backbone, source: Source, at: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+def _exact(base: Backbone, source: Weighed, at: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     """ΔW by site, in fp64. Raises UsageError where something else changes too."""
     maps, rest = differences(base, source.adapter.name, Active(source.active.method, at))
     maps = {site: ΔW.to(_device(base), torch.float64) for site, ΔW in maps.items()}
@@ -141,7 +141,7 @@ def _exact(base: Backbone, source: Source, at: Mapping[str, dict[str, Tensor]]) 
     return maps
 
 
-def factors(sources: Sequence[Source], c: Sequence[float], at: str) -> tuple[Tensor, Tensor]:
+def factors(sources: Sequence[Weighed], c: Sequence[float], at: str) -> tuple[Tensor, Tensor]:
     """A [Σr, in] and B [out, Σr] with B A = Σ_k c_k s_k B_k A_k."""
     As, Bs = [], []
     for source, c_k in zip(sources, c, strict=True):
