@@ -17,7 +17,7 @@ from transformers import AutoModel
 from bench.infer import active, batch, repeated
 from bench.measure import Row, Turn, Window, keep, options, turns
 from polytask.backbones import Backbone, load
-from polytask.backbones.backbone import embedded_folder
+from polytask.backbones.loading import embedded_folder
 from polytask.composition import compose
 from polytask.methods import build
 from polytask.methods.lifting import Active, Plan, Terms, planned

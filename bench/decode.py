@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.measure import Row, Turn, Window, keep, options, turns
 from polytask.backbones import Backbone, load
-from polytask.backbones.backbone import writer_folder
+from polytask.backbones.loading import writer_folder
 from polytask.inference import writing
 from polytask.inference.generation import generate
 from polytask.inference.writing import Prompt, Sampling

@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from bench.measure import Row, Samples, Turn, Window, keep, options, turns
 from polytask.backbones import Backbone, Batch, load
-from polytask.backbones.backbone import embedded_folder
+from polytask.backbones.loading import embedded_folder
 from polytask.methods import build
 from polytask.methods.lifting import Active, Plan
 

@@ -17,7 +17,7 @@ from transformers import AutoModel
 from bench.measure import Row, Samples, Window, keep, options, turns
 from polytask.adapters import Adapter, Card, HeadCard
 from polytask.backbones import heads, load
-from polytask.backbones.backbone import embedded_folder
+from polytask.backbones.loading import embedded_folder
 from polytask.inference import Engine
 from polytask.library import Library
 from polytask.methods import build

@@ -12,7 +12,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from bench.measure import Window
-from polytask.backbones.backbone import embedded_folder
+from polytask.backbones.loading import embedded_folder
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from polytask.backbones import Backbone, Batch, families, load
-from polytask.backbones.backbone import embedded_folder, fingerprint, padded, pick_dtype
+from polytask.backbones.batch import padded
+from polytask.backbones.loading import embedded_folder
+from polytask.backbones.weights import fingerprint, pick_dtype
 from polytask.errors import PolytaskError, UsageError
 from polytask.methods import build
 from polytask.methods.lifting import Active, Plan
@@ -95,7 +97,7 @@ def test_every_family_is_loaded_from_a_folder(family, tmp_path):
 
 
 def test_names_that_are_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("polytask.backbones.backbone._hub_answers", lambda: False)
+    monkeypatch.setattr("polytask.backbones.loading._hub_answers", lambda: False)
     for name in ("no-such-model", "nobody/no-such-model", "two words"):
         error = refused(name)
         assert isinstance(error, UsageError)

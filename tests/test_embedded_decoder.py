@@ -12,7 +12,7 @@ from commands import run, run_alone
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import polytask as pt
-from polytask.backbones.backbone import writer_folder
+from polytask.backbones.loading import writer_folder
 from polytask.inference.decoding.constraints import Constraint
 
 HOME = Path(pt.__file__).parent / "demo/home"

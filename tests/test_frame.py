@@ -14,8 +14,8 @@ from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from polytask.backbones import Backbone, Batch
 from polytask.backbones.attention import attending
-from polytask.backbones.backbone import fingerprint
 from polytask.backbones.frame import ROOM, Frame, read, start_token, unembed
+from polytask.backbones.weights import fingerprint
 from polytask.errors import UsageError
 
 CASES = [(family, {}) for family in tiny.LM]

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
 from polytask.backbones import Backbone, Batch
-from polytask.backbones.backbone import fingerprint
+from polytask.backbones.weights import fingerprint
 from polytask.errors import PolytaskError, UsageError
 from polytask.methods import Method, Params, lifting, lora, methods
 from polytask.methods import build as build_method

@@ -19,8 +19,8 @@ from writers import refused, tensors_of, tokenizer, writer
 
 from polytask.adapters import Adapter
 from polytask.backbones import Backbone, Batch
-from polytask.backbones.backbone import fingerprint
 from polytask.backbones.text import Asked
+from polytask.backbones.weights import fingerprint
 from polytask.errors import UsageError
 from polytask.inference.engine import WRITER, Engine, Request
 from polytask.inference.generation import generate

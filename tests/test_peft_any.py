@@ -26,7 +26,7 @@ from writers import tensors_of, tokenizer, writer
 from polytask.adapters import Adapter, HeadCard
 from polytask.adapters.expression import mix
 from polytask.backbones import Backbone, Batch
-from polytask.backbones.backbone import fingerprint
+from polytask.backbones.weights import fingerprint
 from polytask.composition.low_rank import as_lora
 from polytask.errors import PolytaskError, UsageError
 from polytask.inference import Engine, Request

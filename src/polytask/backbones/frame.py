@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from polytask.backbones.backbone import Backbone, Batch
+from polytask.backbones.backbone import Backbone
+from polytask.backbones.batch import Batch
 from polytask.backbones.lean import Change, Lean
 from polytask.errors import UsageError
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from polytask.adapters import HeadCard
 from polytask.backbones import Backbone, Batch, heads, text
-from polytask.backbones.backbone import padded
+from polytask.backbones.batch import padded
 from polytask.backbones.frame import start_token
 from polytask.methods.lifting import Plan, Terms, planned
 from polytask.tasks import Example

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from polytask.adapters import HeadCard, TermCard
 from polytask.backbones import Backbone, load, text
-from polytask.backbones.backbone import EMBEDDED
+from polytask.backbones.loading import EMBEDDED
 from polytask.errors import PolytaskError, UsageError
 from polytask.methods import passes
 from polytask.methods.lifting import Plan
