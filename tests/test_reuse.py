@@ -48,8 +48,10 @@ def way(name: str, *each: float) -> Way:
 
 
 def test_a_way_is_better_by_more_than_chance():
-    """Differences .1, .3: mean .2, standard error √(.02/2) = .1; differences −1, 1.1: mean .05, error 1.05."""
-    assert way("b", -0.9, -0.7).better_than(way("a", -1.0, -1.0))
+    """Differences .2, .3: mean .25, standard error √(.005/2) = .05; .1, .3: mean .2, error .1, of which it takes more
+    than two; −1, 1.1: mean .05, error 1.05."""
+    assert way("b", -0.8, -0.7).better_than(way("a", -1.0, -1.0))
+    assert not way("b", -0.9, -0.69).better_than(way("a", -1.0, -1.0))
     assert not way("b", -2.0, 0.1).better_than(way("a", -1.0, -1.0))
     assert not way("b", -1.0, -1.0).better_than(way("a", -1.0, -1.0))
 

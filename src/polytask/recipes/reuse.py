@@ -5,14 +5,14 @@
 1. `features`: a new head on the frozen backbone.
 2. `on NAME`: a new head on what one adapter makes of the text, for each adapter of the library.
 3. `on A + B + ...`: a new head on the mean of the best two, three or five of them.
-4. `lora`: LoRA from nothing, with its head, and again from another seed; and `lora from NAME`, from the adapter of the
-   nearest task that is one, and from the one whose head did best.
+4. `lora`: LoRA from nothing, with its head, and again from another seed; and `lora from NAME`, from the LoRA whose head
+   did best.
 5. `lora and lora again and lora from NAME`, where one label is to be chosen: the mean of their probabilities.
 
 All are compared by cross-validation on the task's own examples, so that a handful will do, and by log-likelihood, which
 tells ways apart where accuracies of eight answers do not. Still the best of twenty on eight examples is often lucky. So
-what is taken is LoRA from nothing or the mean, whichever scores better, unless another way is better than that by more
-than `MARGIN` standard errors of the difference, example by example. Without any example, the adapter whose training
+what is taken is the mean, or LoRA from nothing where there is none, unless another way is better than that by more than
+`MARGIN` standard errors of the difference, example by example. Without any example, the adapter whose training
 inputs lie nearest to the task's instruction answers, if its labels are the task's.
 
 Heads on features of related tasks: the linear probe of Kornblith, Shlens, Le 2019 (arXiv 1805.08974); choosing among
@@ -49,7 +49,7 @@ from polytask.tasks import Task
 from polytask.training import Job, Settings, probe, train
 from polytask.training.learner import targets_of
 
-MARGIN = 1.0  # standard errors of the difference
+MARGIN = 2.0  # standard errors of the difference
 FOLDS = 5
 MIXED = (2, 3, 5)  # how many of the best adapters are mixed
 LOOKED_AT = 32  # adapters of a library whose features are tried: those of the nearest tasks
@@ -140,14 +140,10 @@ def reuse(
             tell(_said(ways[-1]))
     ready = [one for one in near if one.method == "lora" and not one.needs]
     best = next((one for way in singles for one in ready if way.below == Name(one.id)), None)
-    begins = dict.fromkeys((one.id, one.name) for one in (*ready[:1], *([best] if best else [])))
-    trained = trial.trained(
-        ("lora", None, 0),
-        ("lora again", None, 1),
-        *((f"lora from {name}", id, 0) for id, name in begins),
-    )
+    begun = [(f"lora from {best.name}", best.id, 0)] if best else []
+    trained = trial.trained(("lora", None, 0), ("lora again", None, 1), *begun)
     if task.kind == "classification":
-        trained.append(Way.mean(trained[:3]))
+        trained.append(Way.mean(trained))
     for way in trained:
         tell(_said(way))
     ways += trained
@@ -361,8 +357,8 @@ def _untrained(base: Backbone, task: Task, known: Sequence[Adapter]) -> Reused:
 
 
 def _chosen(ways: Sequence[Way]) -> Way:
-    """LoRA from nothing or a mean with it, unless another is better by more than chance."""
-    safe = max((way for way in ways if way.name == "lora" or way.members), key=lambda way: way.score)
+    """The mean, or LoRA from nothing, unless another is better by more than chance."""
+    safe = next((way for way in ways if way.members), None) or next(way for way in ways if way.name == "lora")
     best = max(ways, key=lambda way: way.score)
     return best if best.better_than(safe) else safe
 
