@@ -225,7 +225,7 @@ def described(engine: Engine, request: Request, answer: Answer | None) -> dict[s
         row["by"] = answer.by
     if answer.parts:
         row["parts"] = [described(engine, request, part) for part in answer.parts]
-    reader = next((a for a in engine.adapters if a.id == answer.adapter), None)
+    reader = engine.adapter(answer.adapter)
     if reader is not None and reader.head is not None and reader.head.kind == "tagging":
         row["tokens"] = list(given) if isinstance(given, tuple) else list(split_words(given))
     return row

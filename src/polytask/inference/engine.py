@@ -187,6 +187,11 @@ class Engine:
     def adapters(self) -> list[Adapter]:
         return [loaded.adapter for loaded in self._loaded.values()]
 
+    def adapter(self, id: str | None) -> Adapter | None:
+        """The adapter with that id, if it is here."""
+        loaded = self._loaded.get(id) if id is not None else None
+        return loaded.adapter if loaded else None
+
     def _fit(self, adapter: Adapter) -> _Loaded:
         if adapter.backbone.fingerprint != self.backbone.fingerprint:
             raise PolytaskError(

@@ -248,7 +248,7 @@ def metric(engine: Engine, task: Task, examples: Sequence[Example]) -> Callable[
 @contextlib.contextmanager
 def _visiting(engine: Engine, adapter: Adapter) -> Iterator[None]:
     """Have the engine know an adapter for a while; one that it has already stays."""
-    stays = any(other.id == adapter.id for other in engine.adapters)
+    stays = engine.adapter(adapter.id) is not None
     engine.add(adapter, routed=False)
     try:
         yield
