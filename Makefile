@@ -20,8 +20,8 @@ export PIP_NO_INPUT := 1
 help:
 	@echo 'make setup      make $(VENV) and install everything; done once, and again when pyproject.toml changes'
 	@echo 'make demo       setup, then adapt three tasks and answer ten inputs (offline)'
-	@echo 'make test       setup, then ruff, mypy and the tests with coverage (offline)'
-	@echo 'make test-all   the slow tests too; POLYTASK_DATA=folder adds those on real tasks'
+	@echo 'make test       setup, then ruff, mypy and the tests (offline)'
+	@echo 'make test-all   the slow tests too, with coverage; POLYTASK_DATA=folder adds those on real tasks'
 	@echo 'make bench      measure speed against what else there is, as paired ratios'
 	@echo 'make claims     measure what papers claim, one line for each'
 	@echo 'make docs       build the documentation into site/'
@@ -51,7 +51,7 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest $(PARALLEL) --cov=polytask --cov-report=term
+	$(BIN)/pytest $(PARALLEL)
 
 test-all: setup
 	$(BIN)/pytest $(PARALLEL) -m '' --durations=10 --cov=polytask --cov-report=term
