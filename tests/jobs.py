@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +75,16 @@ def environment(**more: str) -> dict[str, str]:
     """For a child process, which finds this folder's modules."""
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
+
+
+def write_tasks(folder: Path, names: Iterable[str], n: int = 40) -> None:
+    """A folder for each name with a little task, as the real ones of claims have; its test split is its validation."""
+    for seed, name in enumerate(names):
+        own = folder / name
+        own.mkdir(parents=True)
+        made = task_of(n=n, length=6, seed=seed, held=12)
+        said = {"name": name, "kind": "classification", "labels": [*"abcd"], "metric": "accuracy"}
+        (own / "task.json").write_text(json.dumps(said))
+        for split, rows in (("train", made.train), ("validation", made.validation), ("test", made.validation)):
+            lines = [json.dumps({"id": f"{split}-{e.id}", "input": e.input, "output": e.output}) for e in rows]
+            (own / f"{split}.jsonl").write_text("\n".join(lines))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
-from jobs import TOKENS, task_of
+from jobs import TOKENS, write_tasks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,15 +22,7 @@ CLAIMS = (P044_breadcrumbs, P057_adamerging, P176_ties, P292_supermerge)
 @pytest.fixture(autouse=True)
 def little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tasks of a few words in place of the real ones, and a tiny model."""
-    for seed, name in enumerate(merging.SIX):
-        folder = tmp_path / "tasks" / name
-        folder.mkdir(parents=True)
-        made = task_of(n=40, length=6, seed=seed, held=12)
-        said = {"name": name, "kind": "classification", "labels": [*"abcd"], "metric": "accuracy"}
-        (folder / "task.json").write_text(json.dumps(said))
-        for split, rows in (("train", made.train), ("validation", made.validation), ("test", made.validation)):
-            lines = [json.dumps({"id": f"{split}-{e.id}", "input": e.input, "output": e.output}) for e in rows]
-            (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    write_tasks(tmp_path / "tasks", merging.SIX)
     monkeypatch.setenv("POLYTASK_DATA", str(tmp_path))
     monkeypatch.setattr(claim, "RESULTS", tmp_path / "results")
     encoder = tiny.backbone("bert", tokenizer=TOKENS)

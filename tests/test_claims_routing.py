@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from jobs import TOKENS, task_of
+from jobs import TOKENS, write_tasks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,15 +26,7 @@ def encoder() -> Backbone:
 @pytest.fixture(autouse=True)
 def little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tasks of a few words in place of the real ones, and a tiny encoder."""
-    for seed, name in enumerate(library.SKILLS):
-        folder = tmp_path / "tasks" / name
-        folder.mkdir(parents=True)
-        made = task_of(n=40, length=6, seed=seed, held=12)
-        said = {"name": name, "kind": "classification", "labels": [*"abcd"], "metric": "accuracy"}
-        (folder / "task.json").write_text(json.dumps(said))
-        for split, rows in (("train", made.train), ("validation", made.validation), ("test", made.validation)):
-            lines = [json.dumps({"id": f"{split}-{e.id}", "input": e.input, "output": e.output}) for e in rows]
-            (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    write_tasks(tmp_path / "tasks", library.SKILLS)
     monkeypatch.setenv("POLYTASK_DATA", str(tmp_path))
     monkeypatch.setattr(claim, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(short, "base", encoder)

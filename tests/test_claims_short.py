@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from jobs import task_of
+from jobs import write_tasks
 from writers import writer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,15 +40,7 @@ def decoder() -> Backbone:
 @pytest.fixture(autouse=True)
 def little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tasks of a few words in place of the real ones, and tiny models."""
-    for seed, name in enumerate(sorted(TASKS)):
-        folder = tmp_path / "tasks" / name
-        folder.mkdir(parents=True)
-        made = task_of(n=40, length=6, seed=seed, held=12)
-        said = {"name": name, "kind": "classification", "labels": [*"abcd"], "metric": "accuracy"}
-        (folder / "task.json").write_text(json.dumps(said))
-        for split, rows in (("train", made.train), ("validation", made.validation), ("test", made.validation)):
-            lines = [json.dumps({"id": f"{split}-{e.id}", "input": e.input, "output": e.output}) for e in rows]
-            (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    write_tasks(tmp_path / "tasks", sorted(TASKS))
     monkeypatch.setenv("POLYTASK_DATA", str(tmp_path))
     monkeypatch.setattr(claim, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(short, "base", encoder)
