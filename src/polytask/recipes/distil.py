@@ -98,7 +98,7 @@ def distil(
     own, student = split(hyperparameters or {})
     settings, reading = settings or Settings(), reading or Reading()
     if not over:
-        raise UsageError("distil is taught by adapters: say which, with `over`")
+        raise UsageError("distil is taught by adapters: say which, with `over` (--over A,B,...)")
     if task.kind != "classification" or reading.writes(task) or reading.pool in heads.SPACES:
         raise UsageError(f"task {task.name}: distil is for one label of a text, answered by a linear head")
     labelled = [e for e in task.train if e.output is not None]
