@@ -3,9 +3,11 @@ numbers, by mergekit's file and in mergekit's place.
 
 Both sides read the same YAML and the same folders, and write a checkpoint: by `merge_checkpoints`, and by mergekit's
 own `run_merge` (without its model card). Files are in bf16, sums in fp32 and rounded once, on both sides. What comes
-out is compared number by number; by `dare_ties`, whose masks are drawn, the sum of magnitudes is. Then each side merges
-in a process of its own: the most memory that a merge had beyond what was there before it, of its own and with the files
-that it maps. `--layers` and `--words` make the model smaller.
+out is compared number by number; by `dare_ties`, whose masks are drawn, the sum of magnitudes is. By `ties`, some bf16
+numbers differ: many differences have one magnitude, and of those at the threshold mergekit keeps the ones that an
+unstable sort puts first, which depends on the processor; polytask keeps the first. Then each side merges in a process
+of its own: the most memory that a merge had beyond what was there before it, of its own and with the files that it
+maps. `--layers` and `--words` make the model smaller.
 
 mergekit stands in a folder of its own, since the rest of what it asks for is here: `pip install --no-deps --target
 FOLDER mergekit immutables`, then `--peer FOLDER`. Without it, polytask's side is measured alone.

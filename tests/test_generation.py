@@ -15,7 +15,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from writers import LENGTH, clean, refused, tensors_of, tokenizer, writer
+from writers import LENGTH, clean, drawn, refused, tensors_of, tokenizer, writer
 
 from polytask.adapters import Adapter, Card
 from polytask.adapters.expression import mix
@@ -67,10 +67,6 @@ def untouched() -> Iterator[None]:
     assert torch.is_grad_enabled()
     for family in ("llama", "gpt2", "t5"):
         clean(backbone_of(family))
-
-
-def drawn(n: int, draw: torch.Generator) -> list[int]:
-    return torch.randint(4, len(tokenizer()), (n,), generator=draw).tolist()
 
 
 def mixed(n: int = 20, *, most: int = 26) -> list[Prompt]:

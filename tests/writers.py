@@ -55,6 +55,11 @@ def tensors_of(backbone: Backbone, name: str, seed: int) -> dict[str, Tensor]:
     return {n: t + scale * torch.randn(t.shape, generator=draw) for n, t in start.items()}
 
 
+def drawn(n: int, draw: torch.Generator) -> list[int]:
+    """Tokens of a prompt."""
+    return torch.randint(4, len(tokenizer()), (n,), generator=draw).tolist()
+
+
 def clean(backbone: Backbone) -> None:
     assert fingerprint(backbone.model) == backbone.fingerprint
     for module in backbone.model.modules():

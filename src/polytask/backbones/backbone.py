@@ -69,6 +69,12 @@ class Backbone:
         return self.kind != "encoder" and not self.headless and model.get_output_embeddings() is not None
 
     @property
+    def tied(self) -> bool:
+        """Whether its language-model head is its token embeddings."""
+        model: Any = self.model
+        return self.writes and model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+    @property
     def base(self) -> nn.Module:
         """The model without its language-model head."""
         return getattr(self.model, "base_model", self.model)

@@ -131,6 +131,7 @@ def adapt(
       polytask adapt pairs.jsonl -i first --pair second -o same
     A method of your choice, with its hyperparameters:
       polytask adapt my-task/ --method lora --set r=16 --epochs 20
+      polytask adapt my-task/ --method lora+bitfit --set lora.r=16
     Outputs that are texts are written by a decoder; nothing has to be said:
       polytask adapt questions.csv
     A few examples, each with one of several answers:

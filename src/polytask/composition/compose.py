@@ -28,9 +28,15 @@ def stack(parts: Sequence[Terms]) -> Terms:
     _one_prompt(terms, "a stack")
     if not _meet([[active for _, active in part] for part in parts]):
         return tuple(terms)
-    inner = tuple(_single([c for c in part if not _apart(c[1])]) for part in parts)
-    whole = Active.of(Stacked(), {}, [active for active in inner if active.at])
-    return (*(term for term in terms if _apart(term[1])), (1.0, whole))
+    sites_of = [{at for _, active in part if not _apart(active) for at in active.at} for part in parts]
+    free: list[tuple[float, Active]] = []  # what meets nothing of another part
+    inner = []
+    for i, part in enumerate(parts):
+        others = set().union(*sites_of[:i], *sites_of[i + 1 :])
+        met = [(w, active) for w, active in part if not _apart(active) and not others.isdisjoint(active.at)]
+        free += [term for term in part if term not in met]
+        inner += [_single(met)] if met else []
+    return (*free, (1.0, Active.of(Stacked(), {}, inner)))
 
 
 def mix(weights: Sequence[float], parts: Sequence[Terms]) -> Terms:
@@ -134,7 +140,7 @@ class Composer:
 
     def of(self, adapter: Adapter, *, above: bool = False) -> Terms:
         """One adapter's terms: with the adapters that it is made of, and above those that it was trained on."""
-        own: Terms = ((1.0, self._whole(adapter)),)
+        own: Terms = tuple((1.0, part) for part in self._whole(adapter).parts)
         if above or not adapter.above:
             return own
         return stack([*(self.terms(Name(id), above=i > 0) for i, id in enumerate(adapter.above)), own])

@@ -75,6 +75,8 @@ def check(base: Backbone, source: Weighed, places: Mapping[str, list[str]]) -> N
     who = f"{one.name}: {method.name}"
     if method.composed:
         raise UsageError(f"{who} is made of other adapters, so there is no ΔW to merge; merge those")
+    if len(source.active.parts) > 1:
+        raise UsageError(f"{who} are several methods in one, which are not merged; mix or route it instead")
     if not at:
         raise UsageError(f"{who} changes nothing in the backbone, so there is no ΔW to merge")
     if method.opaque and method.name != "peft":

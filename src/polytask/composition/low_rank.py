@@ -114,8 +114,15 @@ def as_lora(base: Backbone, adapter: Adapter, rank: int, *, drop: bool = False) 
 def differences(base: Backbone, name: str, active: Active) -> tuple[dict[str, Tensor], dict[str, float]]:
     """ΔW [width, reads] by site, and by its name the norm of whatever else changes. Raises UsageError as `as_lora` does
     of the method."""
-    read = _stored if active.method.swaps else _layered if active.method.opaque else _probed
-    return read(base, name, active)
+    maps: dict[str, Tensor] = {}
+    rest: dict[str, float] = {}
+    for part in active.parts:
+        read = _stored if part.method.swaps else _layered if part.method.opaque else _probed
+        its, beside = read(base, name, part)
+        for at, ΔW in its.items():
+            maps[at] = maps[at] + ΔW if at in maps else ΔW
+        rest |= beside
+    return maps, rest
 
 
 def nearest(ΔW: Tensor, r: int) -> tuple[Tensor, Tensor]:

@@ -47,8 +47,9 @@ def added(backbone: Backbone, adapter: Adapter, examples: Sequence[Example], lim
     method = build(adapter.method, adapter.hyperparameters)
     read = {n.removeprefix("head/"): t.to(backbone.device) for n, t in adapter.at("head").items()}
     units = passes.encode(backbone, adapter.head, examples[:ROWS], min(limit, backbone.max_length - method.slots))
-    plans = (Plan(backbone, [Active.of(method, adapter.tensors)]), Plan(backbone, []))
-    seats = (Seat(adapter.head, read, torch.ones(1)), Seat(adapter.head, read, torch.ones(0)))
+    parts = Active.of(method, adapter.tensors).parts
+    plans = (Plan(backbone, parts), Plan(backbone, []))
+    seats = (Seat(adapter.head, read, torch.ones(len(parts))), Seat(adapter.head, read, torch.ones(0)))
 
     def once(plan: Plan, seat: Seat) -> Callable[[], list[Tensor]]:
         return lambda: [z.cpu() for _, _, z in passes.forward(plan, [seat], units, [0] * len(units))]

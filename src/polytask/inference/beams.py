@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from polytask.backbones.attention import attending
-from polytask.backbones.frame import Frame, unembed
+from polytask.backbones.frame import Frame
 from polytask.inference.writing import Piece, Row, Writer
 from polytask.methods.lifting import Acting, Mix
 
@@ -67,9 +67,10 @@ class Beams(Writer):
     def _search(self, acting: Acting, group: Sequence[int]) -> Iterator[Piece]:
         frame = Frame(self.backbone)
         order, hidden = self.read(acting, frame, group)
+        acting.mix = Mix(self.weights[order])
         searches = [_Search([_Way(self.open(i), place)]) for place, i in enumerate(order)]
         while searches:
-            self._extend_all(searches, hidden)
+            self._extend_all(acting, searches, hidden)
             for search in searches:
                 if not search.ways and search.best:
                     yield from search.best.pieces
@@ -85,8 +86,8 @@ class Beams(Writer):
                 way.place = place
 
     @torch.no_grad()
-    def _extend_all(self, searches: Sequence[_Search], hidden: Tensor) -> None:
-        logits = unembed(self.backbone, hidden)
+    def _extend_all(self, acting: Acting, searches: Sequence[_Search], hidden: Tensor) -> None:
+        logits = self.plan.unembed(acting, hidden)
         for search in searches:
             self._extend(search, logits)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from polytask.backbones.attention import attending
-from polytask.backbones.frame import Frame, read, unembed
+from polytask.backbones.frame import Frame, read
 from polytask.errors import UsageError
 from polytask.inference.beams import Beams
 from polytask.inference.writing import Piece, Prompt, Row, Steering, Writer, Written
@@ -98,7 +98,7 @@ class _Continuous(Writer):
             while self.waiting or self.rows:
                 if self.waiting and 4 * len(self.rows) <= 3 * self.places:
                     hidden = self._admit(acting, hidden)
-                tokens, logprobs = self._choose(hidden)
+                tokens, logprobs = self._choose(acting, hidden)
                 for place, row in enumerate(self.rows):
                     if not row.over:
                         yield self.piece(row, tokens[place], logprobs[place])
@@ -136,9 +136,9 @@ class _Continuous(Writer):
         return Mix(self.weights[[row.number for row in self.rows]])
 
     @torch.no_grad()
-    def _choose(self, hidden: Tensor) -> tuple[list[int], list[float]]:
+    def _choose(self, acting: Acting, hidden: Tensor) -> tuple[list[int], list[float]]:
         """Each row's next token from last hidden states [S, d], and its log-probability."""
-        logits = unembed(self.backbone, hidden)
+        logits = self.plan.unembed(acting, hidden)
         total = logits.logsumexp(-1)
         allowed = logits
         if any(row.guide for row in self.rows):

@@ -4,15 +4,18 @@
     inverse:  e₂ = o₂ − G(o₁),  e₁ = o₁ − F(e₂)
 
 Pfeiffer, Vulić, Gurevych, Ruder 2020, arXiv 2005.00052; the coupling is NICE's (Dinh, Krueger, Bengio 2014, arXiv
-1410.8516). A language's own embeddings without new ones: forward behind the embeddings, and `inverse` before a tied
-output embedding, which a masked language model's loss goes through. e [d], e₁ [⌊d/2⌋]; F's D [m, d₂] and U [d₁, m] with
-m = d₂ / reduction, 192 for d = 768; G's the other way round. D ~ N(0, 0.02²), biases 0, as in AdapterHub's library.
-U = 0 where the library draws it like D: it starts near the identity, this starts at it.
+1410.8516). A language's own embeddings without new ones: forward behind the embeddings, and inverse before an output
+embedding that is the same, where the answer is written: what is read is said in one space. e [d], e₁ [⌊d/2⌋]; F's D [m,
+d₂] and U [d₁, m] with m = d₂ / reduction, 192 for d = 768; G's the other way round. D ~ N(0, 0.02²), biases 0, as in
+AdapterHub's library. U = 0 where the library draws it like D: it starts near the identity, this starts at it.
 
-The inverse is that of one adapter with weight 1, and not of a mixture.
+A mixture's inverse is y + Σ_k w_k (inverse_k(y) − y), which is exact for one adapter with weight 1. Where the model
+scales its last states (T5), the inverse is taken before.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -52,12 +55,25 @@ class Invertible(Method):
         f = coupled(p, "F", e2)
         return torch.cat([f, coupled(p, "G", e1 + f)], -1)
 
+    def before_words(self) -> Method:
+        return Inverse()
+
     def inverse(self, p: Params, o: Tensor) -> Tensor:
         """The e [..., d] that this site's tensors make o [..., d] of."""
-        d1 = o.shape[-1] // 2
-        o1, o2 = o[..., :d1], o[..., d1:]
-        e2 = o2 - coupled(p, "G", o1)
-        return torch.cat([o1 - coupled(p, "F", e2), e2], -1)
+        return o + Inverse().delta(p, o, o)
+
+
+@dataclass(frozen=True)
+class Inverse(Method):
+    """Of an `Invertible`, by its tensors."""
+
+    name = "inverse"
+
+    def delta(self, p: Params, x: Tensor, y: Tensor) -> Tensor:
+        d1 = y.shape[-1] // 2
+        o1, o2 = y[..., :d1], y[..., d1:]
+        g = coupled(p, "G", o1)
+        return torch.cat([-coupled(p, "F", o2 - g), -g], -1)
 
 
 def coupled(p: Params, name: str, half: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from polytask.backbones.frame import unembed
 from polytask.errors import PolytaskError, UsageError
 from polytask.methods.composed import Bound, Composed, Seen, Source
 from polytask.methods.method import AFTER, Method, Params
+from polytask.methods.union import Union
 
 GATHER_LIMIT = 1 << 16  # numbers per adapter and site above which tensors are not copied per row
 
@@ -65,6 +66,15 @@ class Active:
         shared = at.pop("shared", {})
         places = dict.fromkeys([*at, *(site for source in sources for site in source.at)])
         return cls(method, {site: shared | at.get(site, {}) for site in places}, tuple(sources), still)
+
+    @cached_property
+    def parts(self) -> tuple[Active, ...]:
+        """What a union is made of, each a term of its own; any other adapter itself."""
+        if not isinstance(self.method, Union):
+            return (self,)
+        own = self.method.apart({f"{site}/{name}": t for site, p in self.at.items() for name, t in p.items()})
+        together = self.method.together
+        return tuple(Active.of(one, own[name], still=self.still) for name, one in together.items())
 
     def equation(self, site: str, seen: Seen | None, *, training: bool = False) -> tuple[Method, Params]:
         """The method and tensors at one site; a composed one's with those of its sources, and what the site reads of
@@ -124,6 +134,7 @@ class Plan:
         self.positional = any(a.method.opaque and a.method.positional for a in self.adapters)
         self.slots = torch.tensor([a.method.slots for a in self.adapters], device=backbone.device)
         self.groups: dict[str, list[Group]] = {}
+        self.before_words: list[Group] = []
         for k, adapter in enumerate(self.adapters):
             if k in alone:
                 continue
@@ -134,14 +145,18 @@ class Plan:
                     )
                 live = training and not adapter.still
                 method, params = adapter.equation(site, _seen(backbone, site), training=live)
-                groups = self.groups.setdefault(site, [])
-                for group in groups:
-                    if group.training == live and group.takes(method, params):
-                        group.add(k, method, params)
-                        break
-                else:
-                    groups.append(Group(k, method, params, self.backbone, site, training=live))
-                    self.positional = self.positional or method.positional
+                self._place(self.groups.setdefault(site, []), k, method, params, site, live=live)
+                self.positional = self.positional or method.positional
+                if backbone.tied and site in ("embed", "dec.embed") and (inward := method.before_words()):
+                    self._place(self.before_words, k, inward, params, site, live=live)
+
+    def _place(self, groups: list[Group], k: int, method: Method, params: Params, site: str, *, live: bool) -> None:
+        """Have adapter k act with those of the groups that it can share a call with."""
+        for group in groups:
+            if group.training == live and group.takes(method, params):
+                group.add(k, method, params)
+                return
+        groups.append(Group(k, method, params, self.backbone, site, training=live))
 
     def hidden(self, batch: Batch, weights: Tensor | None = None, *, causal: bool | str = True) -> Tensor:
         """Last hidden states [R, T, d]. `weights` [R, K] fp32; None gives every row the first adapter, if any.
@@ -150,8 +165,7 @@ class Plan:
         """
         R = batch.ids.shape[0]
         if self.training:
-            for group in itertools.chain(*self.groups.values()):
-                group.fresh()
+            self._fresh()
         if not self.adapters:
             return self.backbone.hidden(batch, causal=causal)
         if weights is None:
@@ -175,12 +189,13 @@ class Plan:
         The language-model head is read where weights are changed too: it may be the embeddings.
         """
         if self.training:
-            for group in itertools.chain(*self.groups.values()):
-                group.fresh()
+            self._fresh()
         groups = self.together(weights)
         if len(groups) == 1:
             with self.acting(weights) as acting:
-                return unembed(self.backbone, self._states(acting, batch, weights)[at[:, 0], at[:, 1]])
+                hidden = self._states(acting, batch, weights)[at[:, 0], at[:, 1]]
+                acting.mix = Mix(weights[at[:, 0]])
+                return self.unembed(acting, hidden)
         parts, places = [], []
         for index in groups:
             place = torch.full((len(weights),), -1, device=at.device)
@@ -188,13 +203,26 @@ class Plan:
             mine = (place[at[:, 0]] >= 0).nonzero()[:, 0]
             with self.acting(weights[index]) as acting:
                 hidden = self._states(acting, batch.rows(index), weights[index])
-                parts.append(unembed(self.backbone, hidden[place[at[mine, 0]], at[mine, 1]]))
+                acting.mix = Mix(weights[at[mine, 0]])
+                parts.append(self.unembed(acting, hidden[place[at[mine, 0]], at[mine, 1]]))
             places.append(mine)
         return torch.cat(parts)[torch.cat(places).argsort()]
+
+    def unembed(self, acting: Acting, hidden: Tensor) -> Tensor:
+        """Next-token logits [N, vocabulary], fp32, of last hidden states [N, d], a row each that acts."""
+        if self.before_words and acting.changes is not None:
+            site = self.backbone.sites["head"]
+            hidden = Change(self, site, self.before_words, acting)(hidden[:, None], hidden[:, None])[:, 0]
+        return unembed(self.backbone, hidden)
 
     def room(self, weights: Tensor | None) -> int:
         """How many virtual tokens a row with these weights [K] has before its text."""
         return int((self.slots * (weights != 0)).amax()) if weights is not None and len(self.slots) else 0
+
+    def _fresh(self) -> None:
+        """Forget what was worked out from tensors, because they have changed."""
+        for group in itertools.chain(*self.groups.values(), self.before_words):
+            group.fresh()
 
     def together(self, weights: Tensor) -> list[Tensor]:
         """Which rows of weights [R, K] may share a pass, as lists of rows: those that agree on the adapters that

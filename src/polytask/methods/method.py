@@ -117,6 +117,11 @@ class Method:
         """Have the backbone be what an opaque method makes of it, with an adapter's tensors, in the passes within."""
         raise NotImplementedError(type(self).__name__)
 
+    def before_words(self) -> Method | None:
+        """By what equation, over its tensors at `embed`, it changes the last hidden states that an output embedding
+        reads which is the input's: of a method that changes what an embedding means."""
+        return None
+
     def penalty(self, p: Params) -> Tensor | None:
         """What training adds to the loss for one site's tensors."""
         return None
@@ -125,6 +130,10 @@ class Method:
         """Whether the tensor `<site>/<parameter>` is trained."""
         site, _, parameter = name.rpartition("/")
         return parameter not in (FIXED if site == "head" else self.fixed)
+
+    def whose(self, name: str) -> str:
+        """The method that the tensor `<site>/<parameter>` belongs to."""
+        return self.name
 
     def start(self, backbone: Backbone, seed: int, *, writing: bool = False) -> dict[str, Tensor]:
         """All tensors before training, named `<site>/<parameter>`; `writing` is for an answer in text.
@@ -236,9 +245,13 @@ def methods() -> dict[str, type[Method]]:
 
 
 def build(name: str, hyperparameters: Mapping[str, Any] | None = None) -> Method:
-    """The method of that name; UsageError where there is none."""
+    """The method of that name, or several as `a+b`; UsageError where there is none."""
     if name in COMPOSED:
         return COMPOSED[name].of(hyperparameters or {})
+    if "+" in name:
+        from polytask.methods.union import Union
+
+        return Union.named(name, hyperparameters or {})
     if name not in METHODS and name not in methods():
         raise UsageError(f"no method {name!r}; the methods are {', '.join(methods())}")
     return METHODS[name].of(hyperparameters or {})

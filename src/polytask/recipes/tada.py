@@ -38,6 +38,7 @@ from polytask.methods import Method, build, passes
 from polytask.methods.lifting import Active, Plan
 from polytask.methods.method import values
 from polytask.methods.passes import Unit
+from polytask.methods.union import Union
 from polytask.recipes.reading import Reading
 from polytask.tasks import Example, Task
 from polytask.training import Event, Settings
@@ -87,8 +88,8 @@ def tada(
     began = time.perf_counter()
     own, method = split(hyperparameters or {})
     settings, reading = settings or Settings(), reading or Reading()
-    if method.swaps or method.opaque or method.slots:
-        raise UsageError(f"tada.adapter = {method.name}: one that acts at sites is needed, which others can stand on")
+    if method.swaps or method.opaque or method.slots or isinstance(method, Union):
+        raise UsageError(f"tada.adapter = {method.name}: one method that acts at sites is needed, to stand on")
     head = HeadCard(
         kind="classification",
         pool=reading.pool or ("last" if base.kind == "decoder" else "mean"),

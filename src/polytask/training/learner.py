@@ -72,7 +72,7 @@ class Learner:
         """What its rows ask for, with these instead of its own method and tensors."""
         method = (method or self.method).annealed(min(1.0, self.step / self.steps))
         own = Active.of(method, self.tensors if tensors is None else tensors, self.sources)
-        return stack([*self.above, ((1.0, own),)])
+        return stack([*self.above, tuple((1.0, part) for part in own.parts)])
 
     @property
     def elsewhere(self) -> bool:
@@ -283,8 +283,8 @@ def _begin(learner: Learner, p: dict[str, Tensor], score: float, softer: float =
 
 def penalise(learner: Learner) -> None:
     """Add the gradients of what the method and a selector's trial training add to the loss."""
-    method = learner.method
-    terms = [method.penalty(dict(p)) for p in Active.of(method, learner.tensors).at.values()]
+    parts = Active.of(learner.method, learner.tensors).parts
+    terms = [part.method.penalty(dict(p)) for part in parts for p in part.at.values()]
     if learner.penalty is not None:
         terms.append(learner.penalty(learner.tensors))
     found = [term for term in terms if term is not None]

@@ -202,14 +202,20 @@ class Loop:
             learner.tensors |= {name: learner.owner.tensors[name] for name in learner.common}
         own = {name: t.requires_grad_() for name, t in learner.tensors.items() if method.trains(name)}
         others = set(learner.common) if learner.owner not in (None, learner) else set()
-        inner = [t for name, t in own.items() if not name.startswith("head/") and name not in others]
+        inner: dict[str, list[Tensor]] = {}
+        for name, t in own.items():
+            if not name.startswith("head/") and name not in others:
+                inner.setdefault(method.whose(name), []).append(t)
         outer = [t for name, t in own.items() if name.startswith("head/")]
-        rate = settings.rate(method.name, self.backbone.hidden_size)
+        rates = {owner: settings.rate(owner, self.backbone.hidden_size) for owner in inner}
         # The matrices of labels that attend start where their fit ended, and bear no higher rate than it had.
         head_rate = min(settings.head_lr, probe.RATE) if learner.job.head.pool == "labels" else settings.head_lr
         learner.optimiser = torch.optim.AdamW(
             [
-                {"params": inner, "lr": rate, "peak": rate, "weight_decay": settings.weight_decay},
+                *(
+                    {"params": mine, "lr": rates[owner], "peak": rates[owner], "weight_decay": settings.weight_decay}
+                    for owner, mine in inner.items()
+                ),
                 {"params": outer, "lr": head_rate, "peak": head_rate, "weight_decay": 0.0},
             ],
             fused=True,

@@ -98,8 +98,11 @@ class Settings:
         return self.limit or 256
 
     def rate(self, method: str, width: int = WIDTH) -> float:
-        """The peak rate of a method's tensors, on a backbone whose hidden states have `width` features."""
-        return self.lr if self.lr is not None else LEARNING_RATES.get(method, 1e-3) * min(1.0, WIDTH / width)
+        """The peak rate of a method's tensors, on a backbone whose hidden states have `width` features; the least of
+        those of several methods `a+b`."""
+        if self.lr is not None:
+            return self.lr
+        return min(LEARNING_RATES.get(one, 1e-3) for one in method.split("+")) * min(1.0, WIDTH / width)
 
 
 @dataclass(frozen=True)
