@@ -40,7 +40,7 @@ def classifier(known: Known) -> Classifier:
     shapes = {f"W{n}": (widths[n], widths[n - 1]) for n in range(1, 5)}
     tensors = {name: torch.randn(shape, generator=generator) / shape[1] ** 0.5 for name, shape in shapes.items()}
     tensors |= {f"b{n}": torch.zeros(widths[n]) for n in range(1, 5)}
-    return Classifier(known.ids, known.names, tensors, 1.0)
+    return Classifier(known.ids, known.names, tensors, known.μ, known.m, known.s, 1.0)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from polytask.composition.routing.router import Router
 from polytask.inference import Answer, Engine, Request
 
 EACH = 100  # test inputs of a task
+TURNS = 5
 
 
 @cache
@@ -52,6 +53,19 @@ def named(who: Callable[[str], Any]) -> dict[str, Any]:
 
 def routed(router: Router) -> dict[str, Any]:
     return _row(lambda: engine().answer([r for _, r, _ in inputs()], short.LIMIT, router))
+
+
+def times(router: Router) -> list[float]:
+    """Processor time, routed, over that of each input's own adapter, named; in turns."""
+    asked = [r for _, r, _ in inputs()]
+    known = [Request(r.input, r.pair, own(name)) for name, r, _ in inputs()]
+
+    def spent(requests: list[Request]) -> float:
+        began = time.process_time()
+        engine().answer(requests, short.LIMIT, router)
+        return time.process_time() - began
+
+    return [spent(asked) / spent(known) for _ in range(1 + TURNS)][1:]
 
 
 def _row(answer: Callable[[], list[Answer]]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from claims import P337_lora_retriever, P394_dlp_lora, claim, library, routed, short
 from claims.claim import Rows
 from polytask.backbones import Backbone
+from polytask.composition.routing.lora_retriever import LoraRetriever
 
 
 @cache
@@ -77,6 +78,7 @@ def test_verdicts(
 
     monkeypatch.setattr(routed, "named", lambda who: row(0.8 if who is routed.own else mean))
     monkeypatch.setattr(routed, "routed", lambda how: row(right if how.k == 3 else 0.1))
-    monkeypatch.setattr(P394_dlp_lora, "picked", lambda: row(right, seconds=seconds))
+    monkeypatch.setattr(P394_dlp_lora, "dlp", lambda: LoraRetriever(k=3))
+    monkeypatch.setattr(routed, "times", lambda how: [0.1, seconds, 9.0])
     assert P337_lora_retriever.measure(Rows("P0")).holds == retrieved
     assert P394_dlp_lora.measure(Rows("P1")).holds == classified

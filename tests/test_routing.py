@@ -13,6 +13,7 @@ import tiny
 import torch
 from commands import run, write_pairs, write_table
 from made import one_line
+from safetensors.torch import save_file
 from torch import Tensor
 
 from polytask.adapters import Adapter, Card, HeadCard
@@ -20,7 +21,7 @@ from polytask.adapters.expression import Fuse, Mix, Name, fuse, read
 from polytask.backbones import Backbone, heads
 from polytask.composition.fused import fuse as fused_terms
 from polytask.composition.routing.centroid import Centroid
-from polytask.composition.routing.dlp import DLP, EPOCHS, HIDDEN, Classifier
+from polytask.composition.routing.dlp import DLP, EPOCHS, HIDDEN, Classifier, learned, pieces
 from polytask.composition.routing.lora_fusion import LoraFusion
 from polytask.composition.routing.lora_retriever import LoraRetriever
 from polytask.composition.routing.nearest_task import NearestTask, Profile
@@ -52,13 +53,14 @@ def known(*μ: list[float], m: float = 0.9, s: float = 0.1, alone: str = "", kin
     )
 
 
-def constant(*z: float, d: int = 2) -> Classifier:
-    """A classifier with these logits, whatever it reads."""
+def constant(*z: float, d: int = 2, of: Known | None = None) -> Classifier:
+    """A classifier with these logits, whatever it reads, for tasks whose inputs lie as these adapters' do."""
     widths = [d, *[HIDDEN] * 3, len(z)]
     tensors = {f"W{n}": torch.zeros(widths[n], widths[n - 1]) for n in range(1, 5)}
     tensors |= {f"b{n}": torch.zeros(widths[n]) for n in range(1, 4)} | {"b4": torch.tensor(z).float()}
     ids = tuple(map(str, range(len(z))))
-    return Classifier(ids, tuple(f"n{i}" for i in ids), tensors, 1.0)
+    of = of or known(*[[1.0] * d] * len(z))
+    return Classifier(ids, tuple(f"n{i}" for i in ids), tensors, of.μ, of.m, of.s, 1.0)
 
 
 def all_fit(those: Known, rows: int = 1) -> Tensor:
@@ -103,7 +105,7 @@ def test_who_does_not_mix_answers_alone_or_not_at_all():
 
 
 @pytest.mark.parametrize(
-    "how", [NearestTask(), LoraRetriever(), Centroid(), LoraFusion(), DLP(classifier=constant(2, 1, 0, -1))]
+    "how", [NearestTask(), LoraRetriever(), Centroid(), LoraFusion(), DLP(classifier=constant(2, 1, 0, -1, of=PLANE))]
 )
 def test_a_far_input_goes_to_nobody(how: Router):
     """Its cosine with the nearest, of those that it may go to, is 0.6: z = −3 is beyond 2 deviations."""
@@ -218,13 +220,14 @@ def test_a_classifier_learns_what_means_do_not_tell(trained: Classifier):
 
 
 def test_a_seed_gives_the_same_classifier_and_a_file_keeps_it(tmp_path: Path):
-    first, second = (Classifier.train(TASKS, clouds()) for _ in range(2))
+    first, second = (Classifier.train(TASKS, clouds(), blocks=2) for _ in range(2))
     path = tmp_path / "routers" / "dlp-lora.safetensors"
     first.save(path)
     kept = Classifier.load(path)
-    assert (kept.ids, kept.names, kept.right) == (first.ids, first.names, first.right)
+    assert (kept.ids, kept.names, kept.right, kept.blocks) == (first.ids, first.names, first.right, 2)
     for other in (second, kept):
         assert all(torch.equal(t, other.tensors[name]) for name, t in first.tensors.items())
+        assert all(torch.equal(getattr(first, name), getattr(other, name)) for name in "μms")
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
@@ -238,11 +241,55 @@ def test_files_that_are_no_classifier(tmp_path: Path):
     half, other = constant(1, 2), constant(1, 2, 3)
     replace(half, tensors={n: t for n, t in half.tensors.items() if n != "b2"}).save(tmp_path / "lacks")
     replace(half, tensors=other.tensors).save(tmp_path / "wide")
-    for bad in (b"", whole[:100], whole[:-4], (tmp_path / "lacks").read_bytes(), (tmp_path / "wide").read_bytes()):
+    replace(half, μ=torch.ones(3, 2)).save(tmp_path / "many")
+    replace(half, s=torch.tensor([1.0, math.nan])).save(tmp_path / "none")
+    others = [(tmp_path / name).read_bytes() for name in ("lacks", "wide", "many", "none")]
+    for bad in (b"", whole[:100], whole[:-4], *others):
         path.write_bytes(bad)
         with pytest.raises(PolytaskError, match="damaged") as caught:
             Classifier.load(path)
         one_line(caught.value)
+
+
+def test_a_classifier_of_an_earlier_version_is_to_be_trained_again(tmp_path: Path):
+    path = tmp_path / "dlp-lora.safetensors"
+    save_file({"W1": torch.zeros(2, 2)}, path, {"router": "dlp-lora", "version": "1", "ids": "[]", "names": "[]"})
+    with pytest.raises(UsageError, match=r"by an earlier polytask, on other embeddings; train it with .*library route"):
+        Classifier.load(path)
+
+
+def test_pieces_are_some_neighbouring_words():
+    texts = [" ".join(f"w{i}" for i in range(n)) for n in (0, 1, 2, 3, 8, 40)] * 50
+    found = pieces(texts)
+    assert found == pieces(texts)
+    assert found != pieces(texts, seed=1)
+    for text, piece in zip(texts, found, strict=True):
+        n, words = len(text.split()), piece.split()
+        assert f" {piece} " in f" {text} "
+        assert min(n, 3) <= len(words) <= 12
+    assert {len(piece.split()) for piece in found[5::6]} == {*range(3, 13)}
+
+
+def test_pieces_are_learnt_too():
+    """Of two tasks, inputs that differ in one direction and pieces in another: without pieces nothing is known of
+    these. An input that is kept apart keeps its piece apart."""
+    draw = torch.Generator().manual_seed(0)
+    whole, parts = ([torch.randn(100, 8, generator=draw) for _ in range(2)] for _ in range(2))
+    for t in range(2):
+        whole[t][:, 0] += 9 * (-1) ** t
+        parts[t][:, 1] += 9 * (-1) ** t
+    new = torch.randn(200, 8, generator=draw)
+    own = torch.arange(200) % 2
+    new[:, 1] += 9.0 * (-1) ** own
+
+    def right(*pieces: list[Tensor]) -> float:
+        made = Classifier.train([("a", "a"), ("b", "b")], whole, *pieces)
+        assert made.right == 1.0
+        torch.testing.assert_close(made.μ[0, :2], torch.tensor([1.0, 0.0]), atol=0.1, rtol=0)
+        return float((made.logits(new).argmax(-1) == own).float().mean())
+
+    assert right(parts) > 0.95
+    assert right() < 0.8
 
 
 def test_training_needs_several_tasks_with_inputs():
@@ -303,7 +350,7 @@ def engine(backbone: Backbone) -> Engine:
 def classifier(engine: Engine) -> Classifier:
     texts = {"early": "abc", "late": "fgh", "middle": "cde", "pairs": "abc", "scales": "dfh"}
     pairs = [*zip(engine.known.ids, engine.known.names, strict=True)]
-    return Classifier.train(pairs, [engine.embed([*texts[name], texts[name]]) for _, name in pairs])
+    return learned(engine.backbone, pairs, [[*texts[name], texts[name]] for _, name in pairs])
 
 
 TEXTS = ["a b c", "f g h", "c d e", "a b", "h f", "d", "a b\tc a", "e c d", "b", "d f h"]

@@ -87,10 +87,9 @@ class Library(Store):
             raise UsageError(f"{idle[0]}: no adapter of this task in {self.location}; adapt one first, or leave it out")
         if missing := [name for id, name in zip(known.ids, known.names, strict=True) if not own[id]]:
             raise UsageError(f"{dlp.NAME} needs the tasks of all adapters; those of {', '.join(missing)} are not given")
-        inputs = {task.name: [example.text for example in task.train[:LEARNED_FROM]] for task in tasks}
-        e = {name: engine.embed(texts) for name, texts in inputs.items()}
-        found = dlp.Classifier.train(
-            [*zip(known.ids, known.names, strict=True)], [e[own[id][0].name] for id in known.ids]
+        texts = {task.name: [example.text for example in task.train[:LEARNED_FROM]] for task in tasks}
+        found = dlp.learned(
+            engine.backbone, [*zip(known.ids, known.names, strict=True)], [texts[own[id][0].name] for id in known.ids]
         )
         found.save(self._classifier)
         return found

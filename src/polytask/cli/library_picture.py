@@ -68,8 +68,10 @@ def picture(
             kept.use(load(base))
         engine = kept.engine()
         how = kept.router(router or "nearest-task", options.pairs(set_ or (), "--set"))
-        embeddings = engine.embed([Example("", one.input, pair=one.pair).text for one in given])
-        routed = engine.route(embeddings, [one.pair is not None for one in given], how)
+        inputs_ = [Example("", one.input, pair=one.pair).text for one in given]
+        embeddings = engine.embed(inputs_)
+        read = embeddings if how.blocks is None else engine.embed(inputs_, blocks=how.blocks)
+        routed = engine.route(read, [one.pair is not None for one in given], how)
         texts = [_said(one) for one in given]
         taken = (Input(text, one.weights, one.sure) for text, one in zip(texts, routed, strict=True))
         routing = Routing(how.name, engine.backbone.fingerprint, tuple(taken), embeddings)

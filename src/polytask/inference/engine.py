@@ -255,7 +255,7 @@ class Engine:
         if open_:
             texts = [Example("", r.input, pair=r.pair).text for r in (requests[i] for i in open_)]
             pairs = [requests[i].pair is not None for i in open_]
-            means = self.embed(texts, limit)
+            means = self.embed(texts, limit, router.blocks)
             for i, text_, mean, one in zip(open_, texts, means, self.route(means, pairs, router), strict=True):
                 if not one.weights:
                     answers[i] = Answer(None, None, None, None, one.sure)
@@ -565,9 +565,10 @@ class Engine:
             by = str(router.expression(shown).named(lambda id: self._loaded[id].adapter.name))
         return replace(answer, routed=routed.sure, by=by)
 
-    def embed(self, texts: Sequence[str], limit: int = 256) -> Tensor:
-        """Mean-pooled last hidden states [N, d] of the backbone alone, fp32, on the CPU."""
-        return passes.embed(self.backbone, texts, limit)
+    def embed(self, texts: Sequence[str], limit: int = 256, blocks: int | None = None) -> Tensor:
+        """Mean-pooled last hidden states [N, d] of the backbone alone, fp32, on the CPU, or what block number `blocks`
+        reads: a router's embeddings."""
+        return passes.embed(self.backbone, texts, limit, blocks)
 
 
 def _writes(head: HeadCard) -> bool:

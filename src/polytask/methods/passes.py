@@ -360,11 +360,20 @@ def features(
     return found
 
 
-def embed(backbone: Backbone, texts: Sequence[str], limit: int = 256) -> Tensor:
-    """Mean-pooled last hidden states [N, d] of the backbone alone, fp32, on the CPU."""
+def embed(backbone: Backbone, texts: Sequence[str], limit: int = 256, blocks: int | None = None) -> Tensor:
+    """Mean-pooled last hidden states [N, d] of the backbone alone, fp32, on the CPU; or what block number `blocks`
+    reads, which is the pass up to there."""
     plain = HeadCard(kind="classification")
     units = encode(backbone, plain, [Example("", text) for text in texts], limit)
-    return torch.stack(features(backbone, plain, units)).cpu() if units else torch.empty(0, backbone.hidden_size)
+    if not units:
+        return torch.empty(0, backbone.hidden_size)
+    if blocks is None:
+        return torch.stack(features(backbone, plain, units)).cpu()
+    found = torch.empty(len(units), backbone.hidden_size)
+    for pack in packs(units):
+        batch = backbone.collate([units[i].ids[0] for i in pack])
+        found[pack] = heads.features(plain, backbone.upto(batch, blocks), batch.mask).float().cpu()
+    return found
 
 
 @torch.no_grad()

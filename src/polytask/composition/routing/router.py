@@ -118,6 +118,11 @@ class Router(Protocol):
 
     name: ClassVar[str]
 
+    @property
+    def blocks(self) -> int | None:
+        """The block of the backbone whose input its embeddings are means of; None: of the last states."""
+        ...
+
     def choose(self, known: Known, embeddings: Tensor, fits: Tensor) -> list[Routed]:
         """Who answers each row of embeddings [R, d]; `fits` [R, N] says who may at all."""
         ...
@@ -146,6 +151,10 @@ class Mixing:
     """A router whose adapters answer as a mixture of what they do at each site. The best one's head reads."""
 
     name: ClassVar[str] = ""
+
+    @property
+    def blocks(self) -> int | None:
+        return None
 
     def expression(self, weights: Mapping[str, float]) -> Expression:
         return Name(*weights) if len(weights) == 1 else mix(weights)
