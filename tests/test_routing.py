@@ -285,7 +285,8 @@ def test_pieces_are_learnt_too():
     def right(*pieces: list[Tensor]) -> float:
         made = Classifier.train([("a", "a"), ("b", "b")], whole, *pieces)
         assert made.right == 1.0
-        torch.testing.assert_close(made.μ[0, :2], torch.tensor([1.0, 0.0]), atol=0.1, rtol=0)
+        both = torch.tensor([1.0, 1.0]) / 2**0.5 if pieces else torch.tensor([1.0, 0.0])
+        torch.testing.assert_close(made.μ[0, :2], both, atol=0.1, rtol=0)
         return float((made.logits(new).argmax(-1) == own).float().mean())
 
     assert right(parts) > 0.95

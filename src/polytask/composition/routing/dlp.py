@@ -9,8 +9,9 @@ classifier reads tokens and has 5 million parameters. This one reads e(x) [d], t
 half of the way up, and has d h + 2 h² + h N + 3 h + N with h = 256: 0.3 million for N = 26. Half of a pass tells tasks
 better than a whole one: of test inputs of eight tasks MiniLM's third block gives 95 % to their own, the last 89 %. It
 is trained on short pieces of the inputs too, without which an input of five words goes to its own task in 55 % of cases
-instead of 79 %. The weights are the softmax of the chosen z, which is p among the chosen; the authors' code takes the
-softmax of p itself, which is nearly flat. At most `most` adapters answer together, which the paper does not bound.
+instead of 79 %, and of two thirds it is said that they are of no task. The weights are the softmax of the chosen z,
+which is p among the chosen; the authors' code takes the softmax of p itself, which is nearly flat. At most `most`
+adapters answer together, which the paper does not bound.
 
 A classifier knows the adapters that it was trained for and no others: where they have changed it refuses, and is
 trained again in seconds (`polytask library route`). It needs the tasks' data, since what adapters keep of their tasks,
@@ -91,10 +92,10 @@ class Classifier:
         parts = [embeddings[n][rows] for n, rows in zip(order, drawn, strict=True)]
         apart = [max(1, len(part) // 10) for part in parts]
         learnt = [part[k:] for part, k in zip(parts, apart, strict=True)]
-        profiles = [Profile.of(part) for part in learnt]
         if pieces:
             each = zip(learnt, order, drawn, apart, strict=True)
             learnt = [torch.cat([part, pieces[n][rows[k:]]]) for part, n, rows, k in each]
+        profiles = [Profile.of(part) for part in learnt]
         X, t = _labelled(learnt)
         widths = [X.shape[1], *[HIDDEN] * (LAYERS - 1), len(order)]
         tensors: dict[str, Tensor] = {}
