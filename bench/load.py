@@ -37,7 +37,7 @@ def main() -> None:
     def made(i: int) -> Adapter:
         own = {n: t + 0.01 for n, t in method.start(base, i).items()}
         own |= {f"head/{n}": t for n, t in heads.start(head, base.hidden_size, i).items()}
-        own["task/mean"] = torch.randn(base.hidden_size, generator=torch.Generator().manual_seed(i))
+        own["task/mean"] = torch.randn(2 * base.hidden_size, generator=torch.Generator().manual_seed(i))
         own["task/spread"] = torch.tensor([0.5, 0.1])
         return Adapter("lora", method.hyperparameters(), own, base.card(), Card(name=f"made-{i}", task=task), head)
 

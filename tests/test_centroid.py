@@ -283,7 +283,7 @@ def test_each_adapter_gets_its_own_weight() -> None:
 
 
 def weights_of(text: str, router: Centroid) -> dict[str, float]:
-    e = engine().embed([text])
+    e = engine().embed([text], reads=router.reads)
     return dict(engine().route(e, [False], router)[0].weights)
 
 

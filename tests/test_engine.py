@@ -335,7 +335,7 @@ def routed() -> Engine:
     for seed, (name, text) in enumerate({"bank": BANK, "films": FILMS, "travel": TRAVEL, "pairs": PAIRS}.items()):
         card = HeadCard(kind="classification", targets=(name, "no"), pair="separate" if name == "pairs" else "none")
         made = adapter_of(minilm, name, "head", card, seed)
-        profile = Profile.of(passes.embed(minilm, [line.replace("\t", "\n") for line in lines(text)]))
+        profile = Profile.of(passes.gist(minilm, [line.replace("\t", "\n") for line in lines(text)]))
         engine.add(replace(made, tensors={**made.tensors, **profile.tensors()}))
     return engine
 
@@ -400,7 +400,8 @@ def test_an_engine_without_profiles_routes_to_none(backbone, adapters):
 
 def test_router_by_hand():
     """Two tasks at right angles; τ = 0.05."""
-    along = [Profile(torch.tensor([1.0, 0]), 0.9, 0.1), Profile(torch.tensor([0, 1.0]), 0.8, 0.1)]
+    late = (0.5, 0.1)
+    along = [Profile(torch.tensor([1.0, 0]), 0.9, 0.1, late), Profile(torch.tensor([0, 1.0]), 0.8, 0.1, late)]
     router = NearestTask(along, threshold=2.0)
     near, between, far = router.route(torch.tensor([[2.0, 0], [3.0, 4.0], [-1, -1.0]]))
     assert (near.index, near.probability) == (0, pytest.approx(1.0))

@@ -264,7 +264,7 @@ def test_the_command_routes_inputs_and_writes_the_page(tmp_path: Path) -> None:
     hyper = {"r": 1, "alpha": 1.0, "sites": ["0.attn.q"]}
     for n, (name, own) in enumerate(texts.items()):
         lora = {"0.attn.q/A": torch.randn(1, 384), "0.attn.q/B": torch.full((384, 1), 1.0 + n)}
-        profile = Profile.of(passes.embed(base, own)).tensors()
+        profile = Profile.of(passes.gist(base, own)).tensors()
         kept.add(adapter(name, tensors=lora | profile, hyperparameters=hyper, backbone=base.card()))
     table = tmp_path / "new.csv"
     table.write_text("text,id\na sweet pear,1\nthe hammer broke,2\n", encoding="utf-8")

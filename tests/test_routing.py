@@ -15,6 +15,7 @@ from commands import run, write_pairs, write_table
 from made import one_line
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from polytask.adapters import Adapter, Card, HeadCard
 from polytask.adapters.expression import Fuse, Mix, Name, fuse, read
@@ -30,6 +31,7 @@ from polytask.errors import PolytaskError, UsageError
 from polytask.inference import Answer, Engine, Request
 from polytask.library import Library
 from polytask.methods import build as method_of
+from polytask.methods import passes
 from polytask.methods.lifting import Active
 from polytask.tasks import TaskCard
 
@@ -220,11 +222,11 @@ def test_a_classifier_learns_what_means_do_not_tell(trained: Classifier):
 
 
 def test_a_seed_gives_the_same_classifier_and_a_file_keeps_it(tmp_path: Path):
-    first, second = (Classifier.train(TASKS, clouds(), blocks=2) for _ in range(2))
+    first, second = (Classifier.train(TASKS, clouds(), block=2) for _ in range(2))
     path = tmp_path / "routers" / "dlp-lora.safetensors"
     first.save(path)
     kept = Classifier.load(path)
-    assert (kept.ids, kept.names, kept.right, kept.blocks) == (first.ids, first.names, first.right, 2)
+    assert (kept.ids, kept.names, kept.right, kept.block) == (first.ids, first.names, first.right, 2)
     for other in (second, kept):
         assert all(torch.equal(t, other.tensors[name]) for name, t in first.tensors.items())
         assert all(torch.equal(getattr(first, name), getattr(other, name)) for name in "μms")
@@ -352,6 +354,50 @@ def classifier(engine: Engine) -> Classifier:
     texts = {"early": "abc", "late": "fgh", "middle": "cde", "pairs": "abc", "scales": "dfh"}
     pairs = [*zip(engine.known.ids, engine.known.names, strict=True)]
     return learned(engine.backbone, pairs, [[*texts[name], texts[name]] for _, name in pairs])
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "deberta-v2"])
+def test_a_gist_is_the_middle_and_the_end(family: str):
+    """Means over a text's own tokens, of what block 1 of 3 reads and of the last states, which count 1.5 times."""
+    backbone = tiny.backbone(family, tokenizer=TOKENS)
+    texts = ["a b c", "f", "h g f e d c b a"]
+    found = passes.gist(backbone, texts)
+    for text, e in zip(texts, found, strict=True):
+        [ids] = backbone.tokenize([text])
+        states = backbone.reader(input_ids=torch.tensor([ids]), output_hidden_states=True)
+        middle, end = (F.normalize(h[0].mean(0), dim=0) for h in (states.hidden_states[1], states.last_hidden_state))
+        expected = torch.cat([middle, 1.5 * end]) / (1 + 1.5**2) ** 0.5
+        torch.testing.assert_close(e, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1:2], passes.gist(backbone, texts[1:2]), rtol=1e-4, atol=1e-5)
+    assert passes.gist(backbone, []).shape == (0, 64)
+
+
+def test_last_states_alone_have_their_own_profile(engine: Engine, backbone: Backbone):
+    """What `centroid` reads: the second half of a gist, with its own mean and cosines."""
+    texts = ["a b", "b c d", "c", "a c e", "b e"]
+    late = F.normalize(passes.embed(backbone, texts), dim=-1)
+    own = Profile.of(passes.gist(backbone, texts))
+    apart = Profile.of(torch.cat([torch.zeros_like(late), late], -1))
+    assert own.late == pytest.approx((apart.typical, apart.spread), abs=1e-5)
+    card = Card(name="one", task=TaskCard(name="one", kind="classification"))
+    tensors = {"head/W": torch.zeros(2, 32), "head/b": torch.zeros(2)} | own.tensors()
+    one = Adapter("head", {}, tensors, backbone.card(), card, HeadCard(kind="classification", targets=("x", "y")))
+    those = Known.of([one], last=True)
+    torch.testing.assert_close(those.μ[0], F.normalize(late.mean(0), dim=0), rtol=1e-4, atol=1e-5)
+    assert (those.m.item(), those.s.item()) == pytest.approx(own.late)
+    assert engine.embed(texts, reads=Centroid().reads).shape == (5, 32)
+
+
+def test_a_profile_of_an_earlier_version_is_told(backbone: Backbone):
+    one = adapter_of(backbone, "early", "abc")
+    old = replace(one, tensors=one.tensors | {"task/mean": torch.ones(32), "task/spread": torch.tensor([0.9, 0.1])})
+    here = Engine(backbone, adapters=[old])
+    assert here.answer([Request("a b", adapter="early")])[0].output in ("early", "no")
+    with pytest.raises(
+        PolytaskError, match=r"early \(\w+\) keeps 32 numbers of its task, .* routed by 64: .*adapt it"
+    ) as e:
+        here.answer([Request("a b")])
+    one_line(e.value)
 
 
 TEXTS = ["a b c", "f g h", "c d e", "a b", "h f", "d", "a b\tc a", "e c d", "b", "d f h"]

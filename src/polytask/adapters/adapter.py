@@ -141,8 +141,8 @@ class Card(BaseModel):
 class Adapter:
     """A method's tensors per site, a head, and a card.
 
-    `tensors` are named `<site>/<parameter>`: the method's own (`3.attn.q/A`), the head's (`head/W`), and the task's
-    mean embedding for routing (`task/mean`). `above` are the ids of the adapters, lowest first, that stood below it
+    `tensors` are named `<site>/<parameter>`: the method's own (`3.attn.q/A`), the head's (`head/W`), and the mean of
+    its task's inputs for routing (`task/mean`). `above` are the ids of the adapters, lowest first, that stood below it
     when it was trained, and stand below it where it answers, unless it is asked for in a stack on others. Two adapters
     that compute the same have the same `id`, whatever their cards say.
     """

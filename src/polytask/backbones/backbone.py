@@ -358,6 +358,20 @@ class Backbone:
             handle.remove()
         return found[0]
 
+    def passing(self, batch: Batch, block: int) -> tuple[Tensor, Tensor]:
+        """What block number `block` reads and the last hidden states, [R, T, d] each."""
+        found: list[Tensor] = []
+
+        def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(args[0] if args else kwargs["hidden_states"])
+
+        handle = self.blocks[block].register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            last = self.hidden(batch)
+        finally:
+            handle.remove()
+        return found[0], last
+
     @contextlib.contextmanager
     def _begin(self, batch: Batch) -> Iterator[None]:
         """Let the blocks before `batch.start` pass their input through, and give that block the cached states."""

@@ -1,7 +1,7 @@
 """What the adapters of a library have to do with each other: how alike they are, who is made of whom or grew from whom,
 and who takes which input.
 
-    c_st = cos(μ_s, μ_t)                                                  of the tasks' mean embeddings μ
+    c_st = cos(μ_s, μ_t)                                                  of the means μ of the tasks' inputs
     c_st = Σ_i ⟨ΔW_s,i, ΔW_t,i⟩ / (‖ΔW_s‖ ‖ΔW_t‖),   ΔW_i = s B_i A_i     of what two LoRAs change, over all sites i
     X = V₂ Λ₂^½   of   J C J = V Λ Vᵀ,   J = I − 1/N                      adapters in the plane
     x = ½ Λ₂⁻¹ Xᵀ (diag(J C J) − d²),   d² = 2 − 2 cos(e, μ)              an input among them

@@ -153,7 +153,7 @@ def _arrow(first: tuple[float, float], then: tuple[float, float], how: str, note
 
 def _caption(found: Picture, one: Map, own: Sequence[Entry]) -> str:
     if one.by == "tasks":
-        said = "Near: the mean embeddings of the tasks' training inputs point the same way."
+        said = "Near: the gists of the tasks' training inputs point the same way."
     else:
         said = "Near: the two LoRAs change the weights in the same directions."
     said += f" The plane keeps {one.shown:.0%} of the squared distances."
@@ -252,7 +252,7 @@ def _routing(found: Picture) -> str:
 def _reading(found: Picture) -> str:
     said = (
         "Score: of the test split (or validation), as the adapter's card has it; frozen features: the same of a head "
-        "on the backbone alone. Nearest: the cosine of two tasks' mean embeddings; of what two LoRAs change, over all "
+        "on the backbone alone. Nearest: the cosine of two tasks' mean gists; of what two LoRAs change, over all "
         "the weights they change. Distances in the plane are those between vectors of length 1, by classical scaling; "
         "points that would cover each other are moved apart."
     )

@@ -26,7 +26,7 @@ from polytask.composition.compose import Composer, Reader
 from polytask.composition.ensembled import ensembled, refuse_unlike
 from polytask.composition.kept import expression_of
 from polytask.composition.routing.nearest_task import NearestTask
-from polytask.composition.routing.router import Following, Known, Routed, Router
+from polytask.composition.routing.router import Following, Known, Reads, Routed, Router
 from polytask.errors import PolytaskError, UsageError
 from polytask.inference.answers import Options, say, weigh
 from polytask.inference.generation import generate, stream
@@ -143,7 +143,7 @@ class Engine:
         self.backbone = backbone
         self.source = source
         self.router: Router = router or NearestTask()
-        self._known: Known | None = None
+        self._known: dict[bool, Known] = {}  # by whether of last states alone
         self._loaded: dict[str, _Loaded] = {}
         self._names: dict[str, str] = {}
         self._routed: set[str] = set()
@@ -167,7 +167,7 @@ class Engine:
                 self._loaded[adapter.id] = self._fit(adapter)
             if routed:
                 self._routed.add(adapter.id)
-                self._known = None
+                self._known.clear()
                 self._names[adapter.name] = adapter.id
             return adapter.id
 
@@ -176,7 +176,7 @@ class Engine:
         with self._lock:
             self._loaded.pop(id, None)
             self._routed.discard(id)
-            self._known = None
+            self._known.clear()
             self._names = {name: at for name, at in self._names.items() if at != id}
             self._plans.clear()
             self._readers.clear()
@@ -255,7 +255,7 @@ class Engine:
         if open_:
             texts = [Example("", r.input, pair=r.pair).text for r in (requests[i] for i in open_)]
             pairs = [requests[i].pair is not None for i in open_]
-            means = self.embed(texts, limit, router.blocks)
+            means = self.embed(texts, limit, router.reads)
             for i, text_, mean, one in zip(open_, texts, means, self.route(means, pairs, router), strict=True):
                 if not one.weights:
                     answers[i] = Answer(None, None, None, None, one.sure)
@@ -405,7 +405,7 @@ class Engine:
 
     def _steering(self, follow: _Follow, alone: Mapping[str, Tensor], limit: int) -> Steering:
         """Weights that follow an answer; `alone` are those [K] that each adapter alone has in the plan."""
-        known, rows = self.known, torch.stack([alone[id] for id in follow.ids])
+        known, rows = self._known_by(last=True), torch.stack([alone[id] for id in follow.ids])
         [ids] = self.backbone.tokenize([follow.text], limit=limit)
 
         def weigh(mean: Tensor) -> Tensor:
@@ -547,15 +547,27 @@ class Engine:
     @property
     def known(self) -> Known:
         """The adapters that inputs are routed to: those with a profile of their task."""
+        return self._known_by(last=False)
+
+    def _known_by(self, *, last: bool) -> Known:
         with self._lock:
-            if self._known is None:
-                self._known = Known.of([one.adapter for id, one in self._loaded.items() if id in self._routed])
-            return self._known
+            if last not in self._known:
+                those = [one.adapter for id, one in self._loaded.items() if id in self._routed]
+                for one in those:
+                    if (mean := one.at("task").get("mean")) is not None and len(mean) != 2 * self.backbone.hidden_size:
+                        raise PolytaskError(
+                            f"adapter {one.name} ({one.id}) keeps {len(mean)} numbers of its task, and inputs are "
+                            f"routed by {2 * self.backbone.hidden_size}: an earlier polytask made it; adapt it again, "
+                            "or say who is to answer"
+                        )
+                self._known[last] = Known.of(those, last=last)
+            return self._known[last]
 
     def route(self, embeddings: Tensor, pairs: Sequence[bool], router: Router | None = None) -> list[Routed]:
-        """Who answers inputs with these embeddings [R, d], each one text or a pair."""
-        known = self.known
-        return (router or self.router).choose(known, embeddings, known.fits(pairs))
+        """Who answers inputs that the router reads as these embeddings [R, d or 2d], each one text or a pair."""
+        router = router or self.router
+        known = self._known_by(last=router.reads != "gist")
+        return router.choose(known, embeddings, known.fits(pairs))
 
     def _told(self, answer: Answer, router: Router, routed: Routed) -> Answer:
         """The answer, with how it came to be routed so."""
@@ -565,10 +577,11 @@ class Engine:
             by = str(router.expression(shown).named(lambda id: self._loaded[id].adapter.name))
         return replace(answer, routed=routed.sure, by=by)
 
-    def embed(self, texts: Sequence[str], limit: int = 256, blocks: int | None = None) -> Tensor:
-        """Mean-pooled last hidden states [N, d] of the backbone alone, fp32, on the CPU, or what block number `blocks`
-        reads: a router's embeddings."""
-        return passes.embed(self.backbone, texts, limit, blocks)
+    def embed(self, texts: Sequence[str], limit: int = 256, reads: Reads = "gist") -> Tensor:
+        """What a router `reads` of texts by the backbone alone [N, d or 2d], fp32, on the CPU."""
+        if reads == "gist":
+            return passes.gist(self.backbone, texts, limit)
+        return passes.embed(self.backbone, texts, limit, None if reads == "last" else reads)
 
 
 def _writes(head: HeadCard) -> bool:

@@ -264,7 +264,7 @@ def _finish(base: Backbone, plan: Plan, job: Job, learned: Learned, won: Won | N
         chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:PROFILED]
         inputs = [inputs[i] for i in chosen.tolist()]
     limit = plan.settings.tokens
-    profile = Profile.of(passes.embed(base, inputs, limit)).tensors()
+    profile = Profile.of(passes.gist(base, inputs, limit)).tensors()
     data = task.card()
     card = Card(
         name=task.name,

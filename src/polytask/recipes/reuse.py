@@ -212,9 +212,7 @@ class _Trial:
     def near(self, most: int) -> list[Adapter]:
         """Adapters that can stand below a head, those of the nearest tasks first."""
         fit = [one for one in self.known.values() if self._terms(Name(one.id)) is not None]
-        inputs = torch.nn.functional.normalize(
-            passes.embed(self.base, [e.text for e in self.task.train]).mean(0), dim=0
-        )
+        inputs = F.normalize(passes.gist(self.base, [e.text for e in self.task.train]).mean(0), dim=0)
         return sorted(fit, key=lambda one: -float(inputs @ one.at("task").get("mean", -inputs)))[:most]
 
     def _terms(self, below: Expression | None) -> Terms | None:
@@ -350,8 +348,7 @@ def _untrained(base: Backbone, task: Task, known: Sequence[Adapter]) -> Reused:
             f"task {task.name}: no examples, and no adapter of the library answers with its labels "
             f"({', '.join(names) or 'none'}); give some examples"
         )
-    said = passes.embed(base, [" ".join([task.instruction, *map(text.described, task.labels)])])[0]
-    said = F.normalize(said, dim=0)
+    [said] = passes.gist(base, [" ".join([task.instruction, *map(text.described, task.labels)])])
     nearest = max(same, key=lambda one: float(said @ one.at("task").get("mean", -said)))
     return Reused(nearest, (), (), f"{nearest.name} as it is")
 

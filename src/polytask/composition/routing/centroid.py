@@ -10,7 +10,7 @@ of the answer, anew after every k tokens (`every`). The paper does best with k =
 as in the authors' code, which multiplies the greatest cosine and takes a plain softmax. The head or template of the
 adapter that is nearest to the input answers; a head's answer, and one that is chosen by likelihood, has one w.
 
-h is the embedding of `nearest_task`, by the frozen backbone alone, which profiles are made of, where the authors have a
+h is the mean of the frozen backbone's last states, which is half of what profiles are made of, where the authors have a
 second encoder of sentences. In a decoder it goes on with each token, at the cost of a step of the backbone without
 adapters. The authors read all of the text again for each token, by its new weights; here the keys and values of earlier
 tokens stay as those were read, so that new weights cost nothing. Each adapter's whole change is weighed, and not the
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from polytask.composition.routing.router import TEMPERATURE, Known, Mixing, Routed, decided, nobody, router
+from polytask.composition.routing.router import TEMPERATURE, Known, Mixing, Reads, Routed, decided, nobody, router
 from polytask.errors import UsageError
 
 KIND = "router"
@@ -54,6 +54,10 @@ class Centroid(Mixing):
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise UsageError(f"{NAME}.temperature = {self.temperature:g}: a number above 0 is needed")
+
+    @property
+    def reads(self) -> Reads:
+        return "last"  # which there are of a text that is being written
 
     def choose(self, known: Known, embeddings: Tensor, fits: Tensor) -> list[Routed]:
         if not known.ids:

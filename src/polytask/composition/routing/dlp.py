@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from polytask.adapters.disk import write_whole
 from polytask.backbones import Backbone
 from polytask.composition.routing.nearest_task import Profile
-from polytask.composition.routing.router import Known, Mixing, Routed, decided, nobody, router
+from polytask.composition.routing.router import Known, Mixing, Reads, Routed, decided, nobody, router
 from polytask.errors import PolytaskError, UsageError
 from polytask.methods import passes
 
@@ -58,7 +58,7 @@ AGAIN = "train it with the tasks' data: polytask library route TASK..."
 class Classifier:
     """A trained classifier and the adapters that it is for, in the order of their ids. `tensors`: W1 [h, d], b1, ...,
     W4 [N, h], b4. `μ` [N, d] of unit length, `m` and `s` [N]: each task's `Profile`. `right`: the share of inputs that
-    were kept apart which it gave to their own adapter. Embeddings are of what block number `blocks` reads (None: last
+    were kept apart which it gave to their own adapter. Embeddings are of what block number `block` reads (None: last
     states)."""
 
     ids: tuple[str, ...]
@@ -68,7 +68,7 @@ class Classifier:
     m: Tensor = field(repr=False)
     s: Tensor = field(repr=False)
     right: float
-    blocks: int | None = None
+    block: int | None = None
 
     @classmethod
     def train(
@@ -77,7 +77,7 @@ class Classifier:
         embeddings: Sequence[Tensor],
         pieces: Sequence[Tensor] = (),
         *,
-        blocks: int | None = None,
+        block: int | None = None,
         seed: int = 0,
     ) -> Classifier:
         """For adapters (id, name) from the embeddings [n, d] of their tasks' inputs, and of a piece of each if given.
@@ -119,7 +119,7 @@ class Classifier:
         right = float((_mlp(kept, held).argmax(-1) == own).float().mean())
         ids, names = zip(*(known[n] for n in order), strict=True)
         μ, m, s = torch.stack([p.mean for p in profiles]), [p.typical for p in profiles], [p.spread for p in profiles]
-        return cls(ids, names, kept, μ, torch.tensor(m), torch.tensor(s), right, blocks)
+        return cls(ids, names, kept, μ, torch.tensor(m), torch.tensor(s), right, block)
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """z [R, N] of embeddings [R, d]."""
@@ -128,7 +128,7 @@ class Classifier:
     def save(self, path: Path) -> None:
         """Write one file, whole or not at all. Raises PolytaskError where the disk refuses."""
         said = {"router": NAME, "version": VERSION, "ids": json.dumps(self.ids), "names": json.dumps(self.names)}
-        said |= {"right": repr(self.right), "blocks": json.dumps(self.blocks)}
+        said |= {"right": repr(self.right), "block": json.dumps(self.block)}
         tensors = {**self.tensors, "mu": self.μ, "m": self.m, "s": self.s}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ class Classifier:
                 raise UsageError(f"{path}: was trained by an earlier polytask, on other embeddings; {AGAIN}")
             ids, names = (tuple(map(str, json.loads(said[what]))) for what in ("ids", "names"))
             μ, m, s = (tensors.pop(name) for name in ("mu", "m", "s"))
-            found = cls(ids, names, tensors, μ, m, s, float(said["right"]), json.loads(said["blocks"]))
+            found = cls(ids, names, tensors, μ, m, s, float(said["right"]), json.loads(said["block"]))
             z, N, d = found.logits(torch.zeros(1, tensors["W1"].shape[1])), len(ids), tensors["W1"].shape[1]
             whole = z.shape == (1, N) == (1, len(names)) and (μ.shape, m.shape, s.shape) == ((N, d), (N,), (N,))
             whole = whole and all(bool(t.isfinite().all()) for t in (z, μ, m, s))
@@ -175,8 +175,8 @@ class DLP(Mixing):
             raise UsageError(f"{NAME}.p = {self.p:g}: a probability above 0 and up to 1 is needed")
 
     @property
-    def blocks(self) -> int | None:
-        return self.classifier.blocks if self.classifier else None
+    def reads(self) -> Reads:
+        return "last" if self.classifier is None or self.classifier.block is None else self.classifier.block
 
     def choose(self, known: Known, embeddings: Tensor, fits: Tensor) -> list[Routed]:
         if not known.ids:
@@ -218,7 +218,7 @@ def learned(
         return passes.embed(backbone, said, limit, half)
 
     several = [*map(pieces, texts)]
-    return Classifier.train(known, [*map(embed, texts)], [*map(embed, several)], blocks=half)
+    return Classifier.train(known, [*map(embed, texts)], [*map(embed, several)], block=half)
 
 
 def pieces(texts: Sequence[str], seed: int = 0) -> list[str]:

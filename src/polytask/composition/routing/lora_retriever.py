@@ -8,10 +8,10 @@ Zhao, Gan, Wang, Zhou, Yang, Kuang, Wu 2024, arXiv 2402.09997. k = 3 as in the p
 `lora_fusion` its fusion of parameters. Nothing is trained: an adapter that is added is found at once. What is read at
 last is read by the head of the nearest task; the paper's models write and have no heads.
 
-e(x) is the frozen backbone's mean-pooled last hidden state, and not that of a second encoder that follows
-instructions: so there is no instruction before the text, since these backbones have learned none, and no training of
-the retriever on pairs of a task's inputs, which the paper has as an option. μ is the adapter's own profile, of up to
-512 inputs, where the paper takes some dozen. The paper has no rule for foreign inputs; `threshold` = inf is without.
+e(x) is the gist of x in the frozen backbone (`passes.gist`), and not from a second encoder that follows instructions:
+so there is no instruction before the text, since these backbones have learned none, and no training of the retriever on
+pairs of a task's inputs, which the paper has as an option. μ is the adapter's own profile, of up to 512 inputs, where
+the paper takes some dozen. The paper has no rule for foreign inputs; `threshold` = inf is without.
 An adapter that changes the model itself, or is a kept expression, answers alone.
 """
 

@@ -12,7 +12,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, dataclass_transform, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, dataclass_transform, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,11 +29,16 @@ from polytask.methods.method import values
 TEMPERATURE = 0.05  # of a softmax over cosines, for routers that say how sure they are and have no other measure
 
 
+Reads = Literal["gist", "last"] | int
+"""What embeddings are: the gist of texts [2d] (see `passes.gist`), their mean last states [d], or the mean of what the
+block of that number reads [d]."""
+
+
 @dataclass(frozen=True, eq=False)
 class Known:
     """N adapters that inputs may go to, in the order of their ids: those that have a profile of their task.
 
-    μ [N, d] of unit length, m and s [N]: see `nearest_task.Profile`. `pairs` [N] bool: it compares two texts. `alone`
+    μ [N, 2d] of unit length, m and s [N]: see `nearest_task.Profile`. `pairs` [N] bool: it compares two texts. `alone`
     [N] bool: it is not mixed with others. `kin` [N]: those with the same number are LoRAs of one shape.
     """
 
@@ -47,13 +52,14 @@ class Known:
     kin: Tensor
 
     @classmethod
-    def of(cls, adapters: Sequence[Adapter]) -> Known:
-        """Of these adapters, those with a profile."""
+    def of(cls, adapters: Sequence[Adapter], *, last: bool = False) -> Known:
+        """Of these adapters, those with a profile; of their tasks' last states alone, μ [N, d], with `last`."""
         profiles = {one.id: one.at("task") for one in adapters}
         those = [one for one in adapters if {"mean", "spread"} <= profiles[one.id].keys()]
         those.sort(key=lambda one: one.id)
-        means = [profiles[one.id]["mean"].float() for one in those]
-        spreads = [profiles[one.id]["spread"].float() for one in those]
+        whole = [profiles[one.id]["mean"].float() for one in those]
+        means = [μ[len(μ) // 2 :] for μ in whole] if last else whole
+        spreads = [profiles[one.id]["spread"].float()[2 * last :][:2] for one in those]
         methods = [method_of(one.method, one.hyperparameters) for one in those]
         numbers: dict[Any, int] = {}
         kin = []
@@ -119,8 +125,8 @@ class Router(Protocol):
     name: ClassVar[str]
 
     @property
-    def blocks(self) -> int | None:
-        """The block of the backbone whose input its embeddings are means of; None: of the last states."""
+    def reads(self) -> Reads:
+        """What its embeddings are."""
         ...
 
     def choose(self, known: Known, embeddings: Tensor, fits: Tensor) -> list[Routed]:
@@ -153,8 +159,8 @@ class Mixing:
     name: ClassVar[str] = ""
 
     @property
-    def blocks(self) -> int | None:
-        return None
+    def reads(self) -> Reads:
+        return "gist"
 
     def expression(self, weights: Mapping[str, float]) -> Expression:
         return Name(*weights) if len(weights) == 1 else mix(weights)
