@@ -2,7 +2,8 @@
 
 MiniLM without adapters, random token ids, weights in the backbone's own precision; 32 embeddings and 1,000 profiles of
 random directions. A router's turn is all that is between the embeddings and the expressions that the rows are answered
-by. What gives the embeddings is a pass of the backbone itself, and not in it. Each ratio is a turn to the pass.
+by. What gives the embeddings is a pass of the backbone itself (half a pass by `dlp-lora`), and not in it. Each ratio is
+a turn to the pass.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ def profiles(d: int) -> Known:
     return Known(ids, ids, μ, none.float(), none + 1.0, torch.arange(N) % 10 == 0, none.bool(), none)
 
 
-def classifier(known: Known) -> Classifier:
+def classifier(known: Known, d: int) -> Classifier:
     """One with random tensors."""
     generator = torch.Generator().manual_seed(0)
-    widths = [known.μ.shape[1], HIDDEN, HIDDEN, HIDDEN, N]
+    widths = [d, HIDDEN, HIDDEN, HIDDEN, N]
     shapes = {f"W{n}": (widths[n], widths[n - 1]) for n in range(1, 5)}
     tensors = {name: torch.randn(shape, generator=generator) / shape[1] ** 0.5 for name, shape in shapes.items()}
     tensors |= {f"b{n}": torch.zeros(widths[n]) for n in range(1, 5)}
-    return Classifier(known.ids, known.names, tensors, known.μ, known.m, known.s, 1.0)
+    return Classifier(known.ids, known.names, tensors, known.μ[:, :d], known.m, known.s, 1.0)
 
 
 @torch.no_grad()
@@ -48,8 +49,9 @@ def main() -> None:
     o = options(__doc__ or "", rounds=15, limit=60.0)
     base = load("minilm")
     plan, given, alone = Plan(base, []), batch(R, T), torch.zeros(R, 0)
-    known = profiles(base.hidden_size)
-    e = torch.randn(R, base.hidden_size, generator=torch.Generator().manual_seed(1))
+    d = base.hidden_size
+    known = profiles(2 * d)
+    e = torch.randn(R, 2 * d, generator=torch.Generator().manual_seed(1))
     pairs = [False] * R
 
     def passed(_: Window) -> float:
@@ -58,7 +60,7 @@ def main() -> None:
 
     def routed(router: Router) -> Turn:
         def turn(_: Window) -> float:
-            for one in router.choose(known, e, known.fits(pairs)):
+            for one in router.choose(known, e if router.reads == "gist" else e[:, :d], known.fits(pairs)):
                 router.expression(one.weights)
             return 1.0
 
@@ -68,7 +70,7 @@ def main() -> None:
         "nearest-task": NearestTask(threshold=math.inf),
         "lora-retriever": LoraRetriever(threshold=math.inf),
         "lora-fusion": LoraFusion(threshold=math.inf),
-        "dlp-lora": DLP(threshold=math.inf, classifier=classifier(known)),
+        "dlp-lora": DLP(threshold=math.inf, classifier=classifier(known, d)),
     }
     variants = {"pass": repeated(passed)} | {name: repeated(routed(router)) for name, router in routers.items()}
     found = turns(variants, rounds=o.rounds, limit=o.limit, clock=o.clock)
