@@ -30,7 +30,8 @@ from polytask.methods.lora import LoRA
 from polytask.methods.passes import encode
 from polytask.tasks import Task
 from polytask.training import Job, Settings
-from polytask.training.loop import Loop, _prepare
+from polytask.training.learner import prepare
+from polytask.training.loop import Loop
 
 BATCH = 32
 ABREAST = 4  # methods that take turns; more of them would put more time between the two sides of a ratio
@@ -58,7 +59,7 @@ def trained(base: Backbone, method: Method) -> int:
 
 def training(base: Backbone, task: Task, method: Method) -> Turn:
     """One epoch, always of the same batches; its units are steps."""
-    learner = _prepare(base, Job(task, method, heads.design(task), Settings(epochs=1, batch=BATCH)))
+    learner = prepare(base, Job(task, method, heads.design(task), Settings(epochs=1, batch=BATCH)))
     loop = Loop(base, [learner], lambda event: None, None, None)
 
     def turn(window: Window) -> float:

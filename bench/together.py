@@ -15,7 +15,8 @@ from claims.tasks import EIGHT
 from polytask.backbones import Backbone, heads, load
 from polytask.methods import build
 from polytask.training import Job, Settings, train
-from polytask.training.loop import Event, Loop, _prepare
+from polytask.training.learner import prepare
+from polytask.training.loop import Event, Loop
 
 
 def made(batch: int, examples: int, epochs: int = 1, *, held: bool = False) -> list[Job]:
@@ -33,7 +34,7 @@ def epoch(base: Backbone, jobs: list[Job], window: Window, losses: dict[str, lis
         if event.kind == "step":
             losses.setdefault(jobs[event.job].task.name, []).append(event.loss)
 
-    learners = [_prepare(base, job) for job in jobs]
+    learners = [prepare(base, job) for job in jobs]
     loop = Loop(base, learners, heard, None, None)
     with window:
         loop.run()

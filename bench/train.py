@@ -26,14 +26,15 @@ from polytask.methods import build
 from polytask.recipes.adapt import predict
 from polytask.tasks import Task
 from polytask.training import Job, Settings, train
-from polytask.training.loop import Loop, _prepare
+from polytask.training.learner import prepare
+from polytask.training.loop import Loop
 
 PEER_RATES = (5e-4, 2e-3, 5e-3)  # the peer's learning rate is the one of these that does best on validation
 
 
 def epoch(base: Backbone, job: Job, window: Window) -> float:
     """One epoch of polytask's loop."""
-    learner = _prepare(base, job)
+    learner = prepare(base, job)
     loop = Loop(base, [learner], lambda event: None, None, None)
     with window:
         loop.run()

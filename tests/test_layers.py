@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -91,3 +93,22 @@ def test_every_name_that_polytask_offers_is_there() -> None:
         assert getattr(polytask, name) is not None
     with pytest.raises(AttributeError, match="nothing"):
         _ = polytask.nothing
+
+
+ROOT = SOURCE.parents[1]
+OUTSIDE = [path for folder in ("bench", "claims", "docs") for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_what_stands_outside_finds_what_it_takes_from_the_house(path: Path):
+    """Benches are run by hand: each name that a file imports from polytask is there."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or not node.module or node.level:
+            continue
+        if node.module.split(".")[0] == "polytask":
+            home = importlib.import_module(node.module)
+            for name in node.names:
+                there = hasattr(home, name.name) or (
+                    hasattr(home, "__path__") and importlib.util.find_spec(f"{node.module}.{name.name}")
+                )
+                assert there, f"{path.name}:{node.lineno}: {node.module} has no {name.name}"
