@@ -24,6 +24,7 @@ from bench import data
 from bench.infer import repeated
 from bench.measure import Row, Samples, Turn, Window, keep, options, turns
 from polytask.backbones import Backbone, Batch, heads, load
+from polytask.errors import UsageError
 from polytask.methods import Method, build, methods
 from polytask.methods.lifting import Active, Plan
 from polytask.methods.lora import LoRA
@@ -55,6 +56,15 @@ SIZES: dict[str, dict[str, Any]] = {
 def trained(base: Backbone, method: Method) -> int:
     """How many numbers a method trains."""
     return sum(t.numel() for name, t in method.start(base, 0).items() if method.trains(name))
+
+
+def fits(base: Backbone, name: str) -> bool:
+    """Whether the method acts on this backbone with no more said than `SIZES` does."""
+    try:
+        build(name, SIZES.get(name)).start(base, 0)
+    except UsageError:
+        return False
+    return True
 
 
 def training(base: Backbone, task: Task, method: Method) -> Turn:
@@ -103,8 +113,8 @@ def generic(turn: Turn) -> Turn:
 
 def main() -> None:
     o = options(__doc__ or "", rounds=5, limit=300.0, examples=128, methods="")
-    names = o.methods.split(",") if o.methods else [name for name in methods() if name != "head"]
     base = load("minilm")
+    names = o.methods.split(",") if o.methods else [name for name in methods() if name != "head" and fits(base, name)]
     task = data.part(data.task("banking77_intent"), o.examples)
     texts = sorted((unit.ids[0] for unit in encode(base, heads.design(task), task.train)), key=len)
     middle = max(0, len(texts) - BATCH) // 2  # passes are of texts of about one length

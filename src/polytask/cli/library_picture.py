@@ -68,9 +68,9 @@ def picture(
             kept.use(load(base))
         engine = kept.engine()
         how = kept.router(router or "nearest-task", options.pairs(set_ or (), "--set"))
-        inputs_ = [Example("", one.input, pair=one.pair).text for one in given]
-        embeddings = engine.embed(inputs_)
-        read = embeddings if how.reads == "gist" else engine.embed(inputs_, reads=how.reads)
+        said = [Example("", one.input, pair=one.pair).text for one in given]
+        embeddings = engine.embed(said)
+        read = embeddings if how.reads == "gist" else engine.embed(said, reads=how.reads)
         routed = engine.route(read, [one.pair is not None for one in given], how)
         texts = [_said(one) for one in given]
         taken = (Input(text, one.weights, one.sure) for text, one in zip(texts, routed, strict=True))

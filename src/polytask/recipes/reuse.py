@@ -213,7 +213,7 @@ class _Trial:
         """Adapters that can stand below a head, those of the nearest tasks first."""
         fit = [one for one in self.known.values() if self._terms(Name(one.id)) is not None]
         inputs = F.normalize(passes.gist(self.base, [e.text for e in self.task.train]).mean(0), dim=0)
-        return sorted(fit, key=lambda one: -float(inputs @ one.at("task").get("mean", -inputs)))[:most]
+        return sorted(fit, key=lambda one: -_nearness(inputs, one))[:most]
 
     def _terms(self, below: Expression | None) -> Terms | None:
         """None for an adapter that does nothing below a head: a head of its own alone, or PEFT's layers."""
@@ -349,8 +349,14 @@ def _untrained(base: Backbone, task: Task, known: Sequence[Adapter]) -> Reused:
             f"({', '.join(names) or 'none'}); give some examples"
         )
     [said] = passes.gist(base, [" ".join([task.instruction, *map(text.described, task.labels)])])
-    nearest = max(same, key=lambda one: float(said @ one.at("task").get("mean", -said)))
+    nearest = max(same, key=lambda one: _nearness(said, one))
     return Reused(nearest, (), (), f"{nearest.name} as it is")
+
+
+def _nearness(e: Tensor, one: Adapter) -> float:
+    """The cosine of a gist of unit length to an adapter's mean; −1 where it keeps none, or an earlier polytask's."""
+    mean = one.at("task").get("mean")
+    return float(e @ mean) if mean is not None and mean.shape == e.shape else -1.0
 
 
 def _chosen(ways: Sequence[Way]) -> Way:
