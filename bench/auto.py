@@ -40,7 +40,7 @@ def task_of(data: Path, name: str) -> pt.Task:
 
 def measure(base: pt.Backbone, task: pt.Task, name: str) -> dict[str, Any]:
     settings = pt.Settings(epochs=EPOCHS)
-    folder = Path(tempfile.gettempdir()) / f"polytask-auto-{base.fingerprint[:8]}-{base.precision}" / name
+    folder = Path(tempfile.gettempdir()) / f"polytask-auto-{base.fingerprint[:8]}-{base.precision}-{TRAIN}x{EPOCHS}" / name
     found = compare(
         base,
         task,

@@ -76,7 +76,7 @@ def test_adapt_prints_one_json_object(tmp_path: Path) -> None:
     # 6 blocks × (q, v) × (A [8, 384], B [384, 8]) and a head of 3 labels.
     assert said["trainable_params"] == 6 * 2 * 2 * 8 * 384 + 3 * 385
     assert said["backbone_params"] > 22_000_000
-    assert said["bytes"] == 4 * (said["trainable_params"] + 384 + 2)
+    assert said["bytes"] == 4 * (said["trainable_params"] + 2 * 384 + 4)  # and what routing knows of the task
     assert any("single training example: 'bird'" in note for note in said["notes"])
     kept = Library(tmp_path / "skills", create=False)
     assert kept.entry("things").id == said["adapter"]
