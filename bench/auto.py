@@ -40,7 +40,8 @@ def task_of(data: Path, name: str) -> pt.Task:
 
 def measure(base: pt.Backbone, task: pt.Task, name: str) -> dict[str, Any]:
     settings = pt.Settings(epochs=EPOCHS)
-    folder = Path(tempfile.gettempdir()) / f"polytask-auto-{base.fingerprint[:8]}-{base.precision}-{TRAIN}x{EPOCHS}" / name
+    said = f"polytask-auto-{base.fingerprint[:8]}-{base.precision}-{TRAIN}x{EPOCHS}"  # all that trials depend on
+    folder = Path(tempfile.gettempdir()) / said / name
     found = compare(
         base,
         task,

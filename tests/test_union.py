@@ -105,6 +105,7 @@ def test_a_union_is_learnt_kept_and_answers(tmp_path, name: str) -> None:
     assert made.method == name
     losses = [row["loss"] for row in made.card.recipe["history"]]
     assert losses[-1] < 0.8 * losses[0]
+    assert made.card.recipe["settings"]["lr"] == dict.fromkeys(name.split("+"), 3e-2)
     union = build(name)
     for n, t in union.start(backbone, 0).items():
         assert torch.equal(made.tensors[n], t) != union.trains(n), n

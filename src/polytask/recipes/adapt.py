@@ -264,6 +264,7 @@ def _finish(base: Backbone, plan: Plan, job: Job, learned: Learned, won: Won | N
         chosen = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[:PROFILED]
         inputs = [inputs[i] for i in chosen.tolist()]
     limit = plan.settings.tokens
+    rates = {one: job.settings.rate(one, base.hidden_size) for one in name.split("+")}
     profile = Profile.of(passes.gist(base, inputs, limit)).tensors()
     data = task.card()
     card = Card(
@@ -284,7 +285,7 @@ def _finish(base: Backbone, plan: Plan, job: Job, learned: Learned, won: Won | N
             "recipe": "adapt",
             "method": plan.method,
             "selector": {"name": job.selector.name} | job.selector.hyperparameters() if job.selector else None,
-            "settings": vars(job.settings) | {"lr": job.settings.rate(name, base.hidden_size)},
+            "settings": vars(job.settings) | {"lr": rates[name] if len(rates) == 1 else rates},
             "history": learned.history,
         }
         | ({"race": [asdict(rung) for rung in won.rungs]} if won else {})
