@@ -154,6 +154,7 @@ def test_the_same_seed_gives_the_same_and_a_decoder_its_last_token():
     [
         (task_of("regression", 8), {}, {}, "is no pair of texts"),
         (replace(loud(), train=()), {}, {}, "no training pairs"),
+        (task_of(n=40), {}, {}, "40 outputs are 4 different ones, such as 'a': these are labels"),
         (loud(), {"adapter": "prompt"}, {}, "acts at sites is needed"),
         (loud(), {"adapter": "full"}, {}, "acts at sites is needed"),
         (loud(), {"adapter": "fusion"}, {}, "stands by itself"),

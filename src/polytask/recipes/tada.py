@@ -44,6 +44,7 @@ from polytask.tasks import Example, Task
 from polytask.training import Event, Settings
 
 METRIC = "distance closed"  # 1 − Σ‖z − h‖² / Σ‖z − h₀‖², where h₀ is without the adapter
+MANY, FEW = 20, 10  # of so many outputs, where each comes so many times, one says that they are labels
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,11 @@ def _pairs(base: Backbone, head: HeadCard, task: Task, split: str, limit: int) -
                 "input and the standard one as its output"
             )
         said.append((e.input, wanted))
+    if len(said) >= MANY and len(known := {wanted for _, wanted in said}) <= len(said) // FEW:
+        raise PolytaskError(
+            f"task {task.name}: {len(said)} outputs are {len(known)} different ones, such as {min(known)!r}: these are "
+            "labels; tada needs texts in standard words, each of its own input"
+        )
     variety, standard = (passes.encode(base, head, [Example("", pair[i]) for pair in said], limit) for i in (0, 1))
     if not said:
         return _Pairs([], [], torch.empty(0, base.hidden_size), torch.empty(0))
