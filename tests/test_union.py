@@ -240,7 +240,8 @@ def test_rows_write_through_the_inverse_of_their_own(family: str, beams: int) ->
         Prompt(drawn(3 + 2 * i, draw), torch.tensor(who[i % 6], dtype=torch.float), Sampling(max_tokens=8, beams=beams))
         for i in range(9)
     ]
-    together = generate(plan, prompts, places=6)
+    prompts += [replace(prompts[k], ids=drawn(4, draw)) for k in (0, 0, 1)]  # which may share a row with their like
+    together = generate(plan, prompts, places=30)
     for prompt, found in zip(prompts, together, strict=True):
         [alone] = generate(plan, [prompt])
         assert found.tokens == alone.tokens
@@ -249,6 +250,20 @@ def test_rows_write_through_the_inverse_of_their_own(family: str, beams: int) ->
         assert found.logprob == pytest.approx(float(log_p.sum()), abs=1e-3)
     assert len({found.tokens for found in together}) > 5
     clean(backbone)
+
+
+def test_rows_that_change_weights_and_rows_that_do_not_are_said_apart() -> None:
+    """They take passes of their own, each with the inverse of its rows."""
+    backbone, batch = writer("gpt2"), tiny.batch(4)
+    plan = Plan(backbone, [invertible(backbone, 0), invertible(backbone, 1), invertible(backbone, 2, "full")])
+    w = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 0, 1]])
+    with torch.no_grad():
+        found = plan.logits(batch, w, places(batch))
+        for row in range(4):
+            alone = plan.logits(
+                batch.rows(torch.tensor([row])), w[row : row + 1], places(batch.rows(torch.tensor([row])))
+            )
+            torch.testing.assert_close(found[places(batch)[:, 0] == row], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_a_task_above_a_language_keeps_the_language_s_inverse() -> None:
