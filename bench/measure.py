@@ -208,12 +208,26 @@ def keep(
     bench: str, rows: Sequence[Row], samples: Mapping[str, Samples], more: Mapping[str, Any] | None = None
 ) -> None:
     """Write `bench/results/<bench>.json` and print the table."""
+    write(bench, rows, samples, more)
+    show(rows)
+
+
+def write(
+    bench: str, rows: Sequence[Row], samples: Mapping[str, Samples], more: Mapping[str, Any] | None = None
+) -> None:
+    """Write `bench/results/<bench>.json`."""
     RESULTS.mkdir(exist_ok=True)
     raw = {name: [{k: _short(v) for k, v in asdict(s).items()} for s in found.taken] for name, found in samples.items()}
     made = {"bench": bench, "facts": facts(), "rows": [row_json(r) for r in rows], **(more or {}), "samples": raw}
     text = json.dumps(made, indent=1, ensure_ascii=False)
     (RESULTS / f"{bench}.json").write_text(text + "\n", encoding="utf-8")
-    show(rows)
+
+
+def read(bench: str) -> list[Row]:
+    """The rows that `write` left; none where it has not been."""
+    path = RESULTS / f"{bench}.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return [row_of(row) for row in rows]
 
 
 def row_json(row: Row) -> dict[str, Any]:

@@ -9,7 +9,8 @@ MiniLM, weights in its own precision, each method at its own sites. Where a hype
 has a value that comes near LoRA's number; the others are as they are by default, prompts among them: they cost what
 their tokens cost, and one of LoRA's number would have 192.
 
-Methods run a few at a time, in turns with what they are compared to.
+Methods run a few at a time, in turns with what they are compared to. The file is written after each few, and
+`--methods a,b` measures these again and leaves the rows of the others as they are.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 
 from bench import data
 from bench.infer import repeated
-from bench.measure import Row, Samples, Turn, Window, keep, options, turns
+from bench.measure import Row, Samples, Turn, Window, options, read, show, turns, write
 from polytask.backbones import Backbone, Batch, heads, load
 from polytask.errors import UsageError
 from polytask.methods import Method, build, methods
@@ -131,9 +132,15 @@ def main() -> None:
     def measured(variants: dict[str, Turn]) -> Samples:
         return turns(variants, rounds=o.rounds, limit=limit, clock=o.clock)
 
-    found: dict[str, list[Row]] = {"training": [], "1 adapter": [], "8 adapters": [], "paths": []}
-    kept: dict[str, Samples] = {}
     reference = build("lora")
+    rows = {row.what: row for row in read("methods")}
+    kept: dict[str, Samples] = {}
+    more = {"dtype": str(base.dtype), "batch": list(batch.ids.shape), "sizes": SIZES}
+
+    def add(*new: Row) -> None:
+        rows.update({row.what: row for row in new})
+        write("methods", sorted(rows.values(), key=placed), kept, more)
+
     for group in groups:
         chosen = {name: build(name, SIZES.get(name)) for name in group}
         steps = {"to": training(base, task, reference)} | {n: training(base, task, m) for n, m in chosen.items()}
@@ -148,23 +155,25 @@ def main() -> None:
             ms = f"{1e3 * train.cost(name).median:.3g} ms a step, LoRA {1e3 * train.cost('to').median:.3g} ms"
             note = f"{trained(base, method):,} parameters, LoRA {trained(base, reference):,}; {ms}"
             ratio = train.ratio(name, "to")
-            found["training"].append(
-                Row.of("methods", f"{who}: training", ratio, target=target, better="less", note=note)
-            )
+            add(Row.of("methods", f"{who}: training", ratio, target=target, better="less", note=note))
             for what, variant in (("1 adapter", f"{name} 1"), ("8 adapters", f"{name} 8")):
                 ms = f"{1e3 * serve.cost(variant).median:.3g} ms, alone {1e3 * serve.cost('alone').median:.3g} ms"
-                ratio = serve.ratio(variant, "alone")
-                found[what].append(Row.of("methods", f"{who}: {what}", ratio, better="less", note=ms))
-    own: dict[str, Turn] = {f"mix {K}": passing(base, batch, reference, K) for K in (1, 8, 32)}
-    paths = kept["paths"] = measured(own | {n.replace("mix", "generic"): generic(turn) for n, turn in own.items()})
-    for K in (1, 8, 32):
-        what = f"lora by the generic path to its own: {K} adapter{'s' * (K > 1)}"
-        ms = f"{1e3 * paths.cost(f'generic {K}').median:.3g} and {1e3 * paths.cost(f'mix {K}').median:.3g} ms"
-        found["paths"].append(Row.of("methods", what, paths.ratio(f"generic {K}", f"mix {K}"), note=ms))
-    for what in ("training", "1 adapter", "8 adapters"):
-        found[what].sort(key=lambda row: row.value)
-    rows = [row for some in found.values() for row in some]
-    keep("methods", rows, kept, {"dtype": str(base.dtype), "batch": list(batch.ids.shape), "sizes": SIZES})
+                add(Row.of("methods", f"{who}: {what}", serve.ratio(variant, "alone"), better="less", note=ms))
+    if not o.methods:
+        own: dict[str, Turn] = {f"mix {K}": passing(base, batch, reference, K) for K in (1, 8, 32)}
+        paths = kept["paths"] = measured(own | {n.replace("mix", "generic"): generic(turn) for n, turn in own.items()})
+        for K in (1, 8, 32):
+            what = f"lora by the generic path to its own: {K} adapter{'s' * (K > 1)}"
+            ms = f"{1e3 * paths.cost(f'generic {K}').median:.3g} and {1e3 * paths.cost(f'mix {K}').median:.3g} ms"
+            add(Row.of("methods", what, paths.ratio(f"generic {K}", f"mix {K}"), note=ms))
+    show(sorted(rows.values(), key=placed))
+
+
+def placed(row: Row) -> tuple[int, float]:
+    """Where it stands in the table: by what it measures, then by value."""
+    parts = ("training", "1 adapter", "8 adapters")
+    part = row.what.rpartition(": ")[2]
+    return len(parts) if "generic" in row.what else parts.index(part), row.value
 
 
 if __name__ == "__main__":

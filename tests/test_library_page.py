@@ -282,6 +282,9 @@ def test_the_command_routes_inputs_and_writes_the_page(tmp_path: Path) -> None:
     done = run(*common, "--inputs", lines, "--json", "--router", "lora-retriever")
     assert [one["input"] for one in done.json["routing"]["inputs"]] == ["a sweet pear", "the saw  ⇄  the drill"]
     assert done.json["routing"]["inputs"][1]["adapters"] == {}  # a pair, and no adapter compares two texts
+    done = run(*common, "--inputs", table, "--json", "--router", "centroid")  # which reads last states alone
+    assert done.status == 0, done.err
+    assert [one["input"] for one in done.json["routing"]["inputs"]] == ["a sweet pear", "the hammer broke"]
 
 
 def test_wrong_use_is_one_line(tmp_path: Path) -> None:

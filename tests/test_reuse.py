@@ -18,6 +18,7 @@ from polytask.backbones import Backbone
 from polytask.errors import UsageError
 from polytask.inference import Engine, Request
 from polytask.recipes import reuse as module
+from polytask.recipes.reading import Reading
 from polytask.recipes.reuse import Way, reuse
 
 
@@ -151,6 +152,19 @@ def test_adapters_of_other_weights_are_left_out():
     other = [replace(one, backbone=tiny.backbone("bert", seed=3, tokenizer=TOKENS).card()) for one in library()]
     found = reuse(base(), few(8), other, settings=pt.Settings(epochs=1))
     assert [w.name for w in found.ways] == ["features", "lora", "lora again", "lora and lora again"]
+
+
+def test_adapters_whose_tasks_are_near_are_tried_first_and_those_without_a_profile_last():
+    """A profile of an earlier polytask has half of the numbers."""
+    good, bad, _ = library()
+    mean = good.tensors["task/mean"]
+    far = replace(bad, tensors=bad.tensors | {"task/mean": -mean})
+    old = replace(good, tensors=good.tensors | {"task/mean": mean[: len(mean) // 2]})
+    new, settings = few(8), pt.Settings()
+    head = Reading().design(base(), new, None)
+    trial = module._Trial(base(), new, head, settings, [old, far, good], None)
+    assert [one.id for one in trial.near(3)] == [good.id, far.id, old.id]
+    assert [one.id for one in trial.near(1)] == [good.id]
 
 
 def test_nothing_surely_better_leaves_lora_or_its_mean(monkeypatch):

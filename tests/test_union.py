@@ -119,8 +119,23 @@ def test_a_union_is_learnt_kept_and_answers(tmp_path, name: str) -> None:
     assert [a.output for a in mixed[::3]] == predict(backbone, made, task.test)
     assert [a.output for a in mixed[1::3]] == predict(backbone, other, task.test)
     assert len({a.probability for a in mixed[:3]}) == 3
-    assert latency.added(backbone, made, task.test).rows == 24
     clean(backbone)
+
+
+def test_the_latency_of_a_union_is_that_of_all_its_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny.backbone("bert", tokenizer=TOKENS)
+    task = task_of(n=16, held=8)
+    made = pt.adapt(backbone, replace(task, name="union"), "lora+bitfit", settings=pt.Settings(epochs=1))
+    counted: set[tuple[int, tuple[float, ...]]] = set()
+
+    def forward(plan: Plan, seats: list[Seat], *rest: Any) -> Any:
+        counted.add((len(plan.adapters), tuple(seats[0].weights.tolist())))
+        return original(plan, seats, *rest)
+
+    original = passes.forward
+    monkeypatch.setattr(passes, "forward", forward)
+    assert latency.added(backbone, made, task.validation).rows == 8
+    assert counted == {(2, (1.0, 1.0)), (0, ())}
 
 
 def test_a_union_begins_where_another_ended() -> None:
