@@ -24,9 +24,8 @@ from polytask.adapters.expression import mix
 from polytask.backbones import Backbone, heads, text
 from polytask.backbones.frame import start_token
 from polytask.errors import PolytaskError
-from polytask.inference import Engine, Request
+from polytask.inference import Ask, Engine, Request
 from polytask.inference.answers import Options, choose_normalisation
-from polytask.inference.engine import Ask
 from polytask.inference.generation import generate
 from polytask.inference.writing import Prompt as Row
 from polytask.inference.writing import Sampling

@@ -24,7 +24,7 @@ from polytask.composition import elrea as theirs
 from polytask.composition.elrea import Elrea, centroids, clusters, conflict, gradients, pooled, weights
 from polytask.errors import PolytaskError
 from polytask.inference import Engine, Request
-from polytask.inference.engine import parted
+from polytask.inference.requests import parted
 from polytask.library import Library
 from polytask.methods import build, passes
 from polytask.methods.lifting import Active, Plan

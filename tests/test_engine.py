@@ -19,7 +19,7 @@ from polytask.backbones import Backbone, heads, load
 from polytask.composition.routing.nearest_task import NearestTask, Profile
 from polytask.errors import PolytaskError, UsageError
 from polytask.inference import Engine, Request
-from polytask.inference.engine import split_words
+from polytask.inference.requests import split_words
 from polytask.methods import build, passes
 from polytask.tasks import TaskCard
 

@@ -22,7 +22,8 @@ from polytask.adapters.expression import mix
 from polytask.backbones import Backbone
 from polytask.backbones.text import Asked
 from polytask.errors import PolytaskError, UsageError
-from polytask.inference.engine import WRITER, Ask, Engine
+from polytask.inference import Ask, Engine
+from polytask.inference.engine import WRITER
 from polytask.inference.generation import generate, sample, stream
 from polytask.inference.writing import Prompt, Sampling, Written, settled, vocabulary_size
 from polytask.methods import build, passes

@@ -23,7 +23,7 @@ from writers import clean, refused, tensors_of, writer
 from polytask.adapters import Adapter
 from polytask.backbones import Backbone, Batch, Site
 from polytask.errors import UsageError
-from polytask.inference.engine import Engine, Request
+from polytask.inference import Engine, Request
 from polytask.inference.generation import generate
 from polytask.methods import build
 from polytask.methods.kadapter import KAdapter

@@ -16,7 +16,7 @@ from writers import refused
 
 from polytask.adapters import Adapter
 from polytask.composition.learned.kadapters import KAdapters
-from polytask.inference.engine import Engine, Request
+from polytask.inference import Engine, Request
 from polytask.methods import build
 from polytask.methods.kadapter import KAdapter
 from polytask.methods.lifting import Active, Plan

@@ -38,8 +38,7 @@ from polytask.errors import PolytaskError, UsageError
 from polytask.evaluation import lm_eval as referee
 from polytask.evaluation.lm_eval import PolytaskLM, compare, evaluate
 from polytask.evaluation.significance import mcnemar
-from polytask.inference import Engine
-from polytask.inference.engine import Ask
+from polytask.inference import Ask, Engine
 from polytask.library import Library
 from polytask.methods import build
 from polytask.tasks import TaskCard

@@ -22,7 +22,8 @@ from polytask.backbones import Backbone, Batch
 from polytask.backbones.text import Asked
 from polytask.backbones.weights import fingerprint
 from polytask.errors import UsageError
-from polytask.inference.engine import WRITER, Engine, Request
+from polytask.inference import Engine, Request
+from polytask.inference.engine import WRITER
 from polytask.inference.generation import generate
 from polytask.inference.writing import Prompt, Sampling
 from polytask.methods import build, passes

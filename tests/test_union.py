@@ -24,7 +24,8 @@ from polytask.composition import compose
 from polytask.composition.low_rank import as_lora
 from polytask.errors import UsageError
 from polytask.evaluation import latency
-from polytask.inference.engine import WRITER, Engine, Request
+from polytask.inference import Engine, Request
+from polytask.inference.engine import WRITER
 from polytask.inference.generation import generate
 from polytask.inference.writing import Prompt, Sampling
 from polytask.methods import build, passes

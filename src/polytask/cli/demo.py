@@ -50,7 +50,7 @@ def demo(
 
     from polytask.backbones import load
     from polytask.inference import Engine, Request
-    from polytask.inference.engine import parted
+    from polytask.inference.requests import parted
     from polytask.library import Library
     from polytask.recipes.adapt import Plan, adapt_many
     from polytask.recipes.reading import Reading

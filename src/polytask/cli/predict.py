@@ -204,7 +204,7 @@ def _record(text: str, where: str, ref: str | Expression | None) -> Request:
 
 def described(engine: Engine, request: Request, answer: Answer | None) -> dict[str, Any]:
     """One answer as JSON has it; `answer` is None for an empty input."""
-    from polytask.inference.engine import split_words
+    from polytask.inference.requests import split_words
 
     given = request.input
     row: dict[str, Any] = {

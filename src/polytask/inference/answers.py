@@ -23,7 +23,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from polytask.adapters import TermCard, TextCard
+from polytask.adapters import HeadCard, TermCard, TextCard
 from polytask.backbones import text
 from polytask.inference.generation import generate
 from polytask.inference.writing import Prompt, Sampling, Steering
@@ -59,7 +59,7 @@ def say(
     """The answer of `seats[i]` to `examples[i]`; `sampling` has other rules for some of those that write, `steering`
     weights that follow what they write."""
     found: dict[int, Said] = {}
-    writing = [i for i, seat in enumerate(seats) if seat.head.text and seat.head.text.decide == "write"]
+    writing = [i for i, seat in enumerate(seats) if writes(seat.head)]
     prompts = []
     for i in writing:
         prompt = text.ask(seats[i].head, replace(examples[i], output=None))
@@ -75,6 +75,11 @@ def say(
         card = seats[i].head.text
         found[i] = options.best(card.normalise if card else "raw")
     return [found[i] for i in range(len(seats))]
+
+
+def writes(head: HeadCard) -> bool:
+    """Whether its answers are written."""
+    return head.text is not None and head.text.decide == "write"
 
 
 def rule_of(seat: Seat) -> Sampling:
@@ -152,6 +157,12 @@ def weigh(plan: Plan, seats: Sequence[Seat], examples: Sequence[Example]) -> lis
         tokens = torch.tensor([next(sizes) for _ in range(2 * len(texts))][: len(texts)])
         found.append(Options(own, given, alone, tokens, None if weighted is None else _shares(weighted)))
     return found
+
+
+def likeliest(names: Sequence[str], log_p: Tensor) -> tuple[Output, float | None]:
+    """The most probable option."""
+    p = log_p.softmax(-1)
+    return names[int(p.argmax())], float(p.max())
 
 
 def _shares(terms: Sequence[Sequence[TermCard]]) -> Tensor:

@@ -26,7 +26,7 @@ from polytask.composition.routing.nearest_task import Profile
 from polytask.errors import PolytaskError, UsageError
 from polytask.inference import Answer, Engine, Request
 from polytask.inference.answers import choose_normalisation
-from polytask.inference.engine import Source
+from polytask.inference.roster import Source
 from polytask.methods import build, passes, selectors
 from polytask.methods.composed import Composed
 from polytask.methods.lifting import Active, Terms

@@ -34,7 +34,7 @@ from polytask.adapters import Adapter, HeadCard
 from polytask.adapters.expression import Name
 from polytask.backbones import Backbone, heads
 from polytask.errors import PolytaskError, UsageError
-from polytask.inference.engine import Source
+from polytask.inference.roster import Source
 from polytask.methods import passes
 from polytask.methods.method import values
 from polytask.recipes.adapt import Plan, adapt_many

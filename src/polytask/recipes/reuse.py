@@ -38,7 +38,7 @@ from polytask.adapters.expression import Ensemble, Expression, Mix, Name
 from polytask.backbones import Backbone, heads, text
 from polytask.composition.kept import keep
 from polytask.errors import UsageError
-from polytask.inference.engine import Source
+from polytask.inference.roster import Source
 from polytask.methods import build, passes
 from polytask.methods.lifting import Active, Terms, planned
 from polytask.methods.lifting import Plan as Run
