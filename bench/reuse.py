@@ -32,7 +32,7 @@ SUITES = (
 )
 TARGETS = ("cr_polarity", "hate_offensive", "scicite", "csabstruct", "sib200_en_topic", "sgd_intent")
 SIZES, SEEDS = (8, 32), (0, 1)
-EXAMPLES, TEST, EPOCHS = 400, 300, 5
+EXAMPLES, TEST, EPOCHS = 400, 1000, 5
 RESULTS = Path(__file__).parent / "results/reuse.jsonl"
 
 

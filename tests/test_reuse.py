@@ -13,8 +13,9 @@ from jobs import TOKENS, task_of
 
 import polytask as pt
 from polytask.adapters import Adapter
-from polytask.adapters.expression import Name
+from polytask.adapters.expression import Ensemble, Mix, Name
 from polytask.backbones import Backbone
+from polytask.composition.kept import expression_of
 from polytask.errors import UsageError
 from polytask.inference import Engine, Request
 from polytask.recipes import reuse as module
@@ -68,7 +69,14 @@ def test_lora_or_a_mean_with_it_is_taken_unless_another_is_surely_better():
     mean = Way.mean([lora, way("z", -0.9, -0.9)])
     assert module._chosen([lucky, lora]) is lora
     assert module._chosen([lucky, lora, mean]) is mean
-    assert module._chosen([lora, better, mean]) is better
+    assert module._chosen([lora, better]) is better
+    both = module._chosen([lora, better, mean])
+    assert both.name == "y and (lora and z)"
+    assert both.weighed() == {better: 0.5, lora: 0.25, mean.members[1]: 0.25}
+    torch.testing.assert_close(both.each.exp(), (better.each.exp() + mean.each.exp()) / 2)
+    surely = way("z", -0.1, -0.1)  # one of the mean's own
+    again = Way.mean([lora, surely])
+    assert module._chosen([lora, surely, again]).weighed() == {surely: 0.75, lora: 0.25}
 
 
 def test_folds_hold_each_example_once():
@@ -138,6 +146,23 @@ def test_a_mean_of_several_answers_and_is_routed_to(monkeypatch):
     assert engine.answer([Request("a e f")])[0].adapter not in {one.id for one in found.support}
     assert "mean" in found.adapter.at("task")
     assert not any(one.at("task") for one in found.support)
+
+
+def test_a_way_beside_the_mean_counts_as_much_as_it(monkeypatch):
+    def chosen(ways):
+        return Way.mean([next(w for w in ways if w.name == "on bad"), next(w for w in ways if w.members)])
+
+    monkeypatch.setattr(module, "_chosen", chosen)
+    found = reuse(base(), few(12), library(), settings=pt.Settings(epochs=1))
+    assert [one.method for one in found.support] == ["head", "lora", "lora", "lora"]
+    assert found.support[0].above == (library()[1].id,)
+    kept = expression_of(found.adapter)
+    weights = (1 / 2, 1 / 6, 1 / 6, 1 / 6)
+    assert kept == Ensemble(tuple(Mix(((w, Name(one.id)),)) for w, one in zip(weights, found.support, strict=True)))
+    engine = Engine(base(), adapters=[*library(), *found.support, found.adapter])
+    [answer] = engine.answer([Request("a e f", adapter="new")])
+    assert answer.name == "new"
+    assert len(answer.parts) == 4
 
 
 def test_without_examples_the_adapter_with_these_labels_answers():

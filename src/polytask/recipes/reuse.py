@@ -12,8 +12,9 @@
 All are compared by cross-validation on the task's own examples, so that a handful will do, and by log-likelihood, which
 tells ways apart where accuracies of eight answers do not. Still the best of twenty on eight examples is often lucky. So
 what is taken is the mean, or LoRA from nothing where there is none, unless another way is better than that by more than
-`MARGIN` standard errors of the difference, example by example. Without any example, the adapter whose training
-inputs lie nearest to the task's instruction answers, if its labels are the task's.
+`MARGIN` standard errors of the difference, example by example; and that way is not taken in the place of the mean, but
+beside it, with half of the weight, since it is the luckiest of many and loses less so where it was luck. Without any
+example, the adapter whose training inputs lie nearest to the task's instruction answers, if its labels are the task's.
 
 Heads on features of related tasks: the linear probe of Kornblith, Shlens, Le 2019 (arXiv 1805.08974); choosing among
 many sources by a probe on few labels: Poth, Pfeiffer, Rücklé, Gurevych 2021 (arXiv 2104.08247); the mean of several
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -55,10 +57,11 @@ MIXED = (2, 3, 5)  # how many of the best adapters are mixed
 LOOKED_AT = 32  # adapters of a library whose features are tried: those of the nearest tasks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Way:
     """A way to answer: a method on top of what `below` does, which begins with the adapter `begin` and has a seed that
-    is greater by `seed`; or the mean of `members`. `score` is s_w, `each` [n] its terms, `seconds` what they took."""
+    is greater by `seed`; or the mean of `members`, which may be means. `score` is s_w, `each` [n] its terms, `seconds`
+    what they took."""
 
     name: str
     below: Expression | None
@@ -73,7 +76,18 @@ class Way:
     def mean(cls, members: Sequence[Way]) -> Way:
         """Of probabilities, which their terms are the logarithms of."""
         each = torch.stack([way.each for way in members]).logsumexp(0) - math.log(len(members))
-        return cls(" and ".join(way.name for way in members), None, "", each, 0.0, members=tuple(members))
+        name = " and ".join(f"({way.name})" if way.members else way.name for way in members)
+        return cls(name, None, "", each, 0.0, members=tuple(members))
+
+    def weighed(self) -> dict[Way, float]:
+        """The ways that it is made of in the end, and how much each counts; they add up to 1."""
+        if not self.members:
+            return {self: 1.0}
+        found: dict[Way, float] = defaultdict(float)
+        for member in self.members:
+            for way, weight in member.weighed().items():
+                found[way] += weight / len(self.members)
+        return found
 
     @property
     def score(self) -> float:
@@ -154,15 +168,19 @@ def reuse(
     if not taken.members:
         adapter, support = trial.made(taken, task, reading)
     else:
-        made = [
-            trial.made(way, replace(task, name=f"{task.name}.{i}"), reading) for i, way in enumerate(taken.members, 1)
-        ]
+        weighed = taken.weighed()
+        made = [trial.made(way, replace(task, name=f"{task.name}.{i}"), reading) for i, way in enumerate(weighed, 1)]
         profile = {n: t for n, t in made[0][0].tensors.items() if n.startswith("task/")}
         # Inputs are routed to the mean, and not to its members.
         members = [replace(one, tensors={n: t for n, t in one.tensors.items() if n not in profile}) for one, _ in made]
         support = [*members, *(one for _, more in made for one in more)]
         known_ = _Known(trial.get, support)
-        adapter = keep(Ensemble(tuple(Name(one.id) for one in members)), known_.get, None, task.name)
+        even = len(set(weighed.values())) == 1
+        parts = (
+            Name(one.id) if even else Mix(((weight, Name(one.id)),))
+            for one, weight in zip(members, weighed.values(), strict=True)
+        )
+        adapter = keep(Ensemble(tuple(parts)), known_.get, None, task.name)
         adapter = replace(adapter, tensors=profile)
         test = [e for e in task.test if e.output is not None]
         scores = {"test": measure(base, adapter, task, test, settings.tokens, known_)} if test else {}
@@ -360,10 +378,13 @@ def _nearness(e: Tensor, one: Adapter) -> float:
 
 
 def _chosen(ways: Sequence[Way]) -> Way:
-    """The mean, or LoRA from nothing, unless another is better by more than chance."""
+    """The mean, and beside it another way that is better by more than chance; where there is no mean, LoRA from
+    nothing, or that other way."""
     safe = next((way for way in ways if way.members), None) or next(way for way in ways if way.name == "lora")
     best = max(ways, key=lambda way: way.score)
-    return best if best.better_than(safe) else safe
+    if not best.better_than(safe):
+        return safe
+    return Way.mean([best, safe]) if safe.members else best
 
 
 def _shown(ways: Sequence[Way], taken: Way) -> list[Way]:
