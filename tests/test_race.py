@@ -19,10 +19,12 @@ from polytask.errors import PolytaskError, UsageError
 from polytask.methods import build
 from polytask.recipes import adapt
 from polytask.recipes import race as recipe
+from polytask.recipes.adapt import Plan, adapt_many
 from polytask.recipes.race import Candidate, Won, candidates, race
 from polytask.training import Event, Job, Learned, Settings, train
 
 TASK = task_of(n=40, held=32)
+adapting = importlib.import_module("polytask.recipes.adapt")  # the package's `adapt` is the function
 HEAD = heads.design(TASK, pool="mean", pair="separate")
 SETTINGS = Settings(epochs=4, batch=16, patience=99)
 ENTERED = (
@@ -194,16 +196,13 @@ def test_adapt_says_why_it_chose(backbone: Backbone, monkeypatch: pytest.MonkeyP
     json.dumps(recorded)
     # Where nobody beats the head, the head it is.
     still = replace(SETTINGS, head_lr=1e-12, epochs=1)
-    module = importlib.import_module("polytask.recipes.adapt")  # the package's `adapt` is the function
-    monkeypatch.setattr(module, "candidates", lambda *_, **__: [Candidate("ia3", {}, 1e-12)])
+    monkeypatch.setattr(adapting, "candidates", lambda *_, **__: [Candidate("ia3", {}, 1e-12)])
     kept = adapt(backbone, task, "race", settings=still)
     assert kept.method == "head"
     assert "race chose head: " in kept.card.notes[-1]
 
 
 def test_a_race_beside_others(backbone: Backbone, tmp_path: Path) -> None:
-    from polytask.recipes.adapt import Plan, adapt_many
-
     events: list[Event] = []
     plans = [Plan(TASK, "ia3", settings=SETTINGS), Plan(TASK, "race", settings=SETTINGS)]
     both = adapt_many(backbone, plans, folder=tmp_path, on_event=events.append)
@@ -245,3 +244,80 @@ def test_the_command_line_races(tmp_path: Path) -> None:
     assert not (tmp_path / "skills" / ".training").exists()
     kept = [Adapter.load(path.parent) for path in (tmp_path / "skills").rglob("adapter.json")]
     assert [adapter.method for adapter in kept] == [done.json["method"]]
+
+
+# -- auto, where examples are few --------------------------------------------------------------------------------------
+
+
+def tried(adapter: Adapter) -> dict[str, float]:
+    """Who was trained, and their validation scores, as the note of `auto` has them."""
+    [note] = [n for n in adapter.card.notes if n.startswith("auto chose ")]
+    pairs = (part.rsplit(" ", 1) for part in note.partition("on validation: ")[2].split(", "))
+    return {name: float(score) for name, score in pairs}
+
+
+def test_auto_keeps_the_best_of_three_where_examples_are_few(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SETTINGS, epochs=6)
+    task = task_of(n=40, held=32, length=40, seed=2, metric="accuracy")
+    lora = Candidate("lora", {"r": 2}, 1e-3)
+    entered = [lora, replace(lora, lr=2e-2), Candidate("parallel", {}, 3e-2), Candidate("bitfit", {}, 1e-2)]
+    monkeypatch.setattr(adapting, "candidates", lambda *_, **__: entered)
+    made = adapt(backbone, task, settings=settings)
+    found = tried(made)
+    assert list(found) == ["head", "lora at 0.001", "lora at 0.02", "parallel at 0.03"]
+    all_maps = adapting.automatic(backbone, Plan(task)).hyperparameters
+    ways = (("lora", all_maps, 1e-3), ("lora", {"r": 2}, 2e-2), ("parallel", {}, 3e-2))
+    alone = [
+        adapt(backbone, task, method, hyperparameters=hyper, settings=replace(settings, lr=lr))
+        for method, hyper, lr in ways
+    ]
+    scores = [one.card.scores["validation"].value for one in alone]
+    assert [found[name] for name in [*found][1:]] == pytest.approx(scores, abs=6e-4)
+    assert max(scores) > max(scores[0], found["head"])  # a rival, and so the test can fail
+    assert made.id == alone[scores.index(max(scores))].id
+    assert made.method in made.card.notes[-1]
+    steps: list[Event] = []
+    adapting.adapt(backbone, task, settings=settings, on_event=steps.append)
+    assert sum(event.kind == "step" for event in steps) == 3 * 6 * 3
+    assert {event.job for event in steps} == {0}
+
+
+@pytest.mark.parametrize(
+    ("more", "few"),
+    [({"hyperparameters": {"r": 2}}, True), ({"settings": replace(SETTINGS, lr=1e-3)}, True), ({}, False)],
+)
+def test_auto_trains_lora_alone_where_it_is_told_how_or_has_many_examples(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], few: bool
+) -> None:
+    monkeypatch.setattr(adapting, "FEW", 40 if few else 39)
+    assert list(tried(adapt(backbone, TASK, **({"settings": SETTINGS} | more)))) == ["head", "lora"]
+    assert len(tried(adapt(backbone, TASK, settings=SETTINGS))) == (4 if few else 2)
+
+
+def test_auto_goes_without_rivals_that_cannot_be_trained(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere, infinite = Candidate("lora", {"sites": ["*.cross.q"]}, 1e-3), Candidate("lora", {"alpha": 1e38}, 9.0)
+    monkeypatch.setattr(adapting, "candidates", lambda lora, *_, **__: [lora, nowhere, infinite])
+    assert list(tried(adapt(backbone, TASK, settings=SETTINGS))) == ["head", "lora at 0.001"]
+
+
+@pytest.mark.parametrize("stop", [5, 14, 20])
+def test_auto_that_was_stopped_goes_on_to_the_same_end(backbone: Backbone, tmp_path: Path, stop: int) -> None:
+    whole = adapt(backbone, TASK, settings=SETTINGS)
+    steps = 0
+
+    def stopping(event: Event) -> None:
+        nonlocal steps
+        steps += event.kind == "step"
+        if steps == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        adapt(backbone, TASK, settings=SETTINGS, folder=tmp_path, on_event=stopping)
+    counted: list[Event] = []
+    made = adapt(backbone, TASK, settings=SETTINGS, folder=tmp_path, on_event=counted.append)
+    assert made.id == whole.id
+    assert tried(made) == tried(whole)
+    # 40 examples in batches of 16: 3 steps an epoch, of four epochs for each of the three.
+    assert sum(event.kind == "step" for event in counted) == 36 - stop // 3 * 3

@@ -35,10 +35,11 @@ def adapt(
             "--method",
             "-m",
             metavar="NAME",
-            help="A method of `polytask methods`; auto: lora, if it beats frozen features; race: the winner among "
-            "lora at two rates, parallel and bitfit, in about twice the time; elrea: a lora, and experts for clusters "
-            "of examples; distil: those of --over teach one adapter, on rows without an answer too; or tada: from "
-            "inputs in a dialect and outputs in standard words, what adapters of tasks can stand on.",
+            help="A method of `polytask methods`; auto: lora, if it beats frozen features (of few examples, the best "
+            "of three trainings); race: the winner among lora at two rates, parallel and bitfit, in about twice the "
+            "time; elrea: a lora, and experts for clusters of examples; distil: those of --over teach one adapter, on "
+            "rows without an answer too; or tada: from inputs in a dialect and outputs in standard words, what "
+            "adapters of tasks can stand on.",
         ),
     ] = "auto",
     set_: Annotated[
