@@ -628,7 +628,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     real = recipe.adapt_many
 
     def fitted(base: Any, plans: Any, **options: Any) -> Any:
-        return real(base, [replace(plan, method="head") for plan in plans], **options)
+        return real(base, [replace(plan, method="head", hyperparameters=None) for plan in plans], **options)
 
     monkeypatch.setattr(recipe, "adapt_many", fitted)
 

@@ -503,6 +503,12 @@ def test_a_method_that_reads_weights_needs_a_linear_map():
         build("dora", {"sites": ["0"]}).start(tiny.backbone("llama"), 0)
 
 
+def test_a_head_has_no_sites():
+    with pytest.raises(UsageError, match=r"head.sites = \*.attn.q: head changes no site"):
+        build("head", {"sites": ["*.attn.q"]})
+    assert build("head", {"sites": []}) == build("head")
+
+
 # -- KaSA against PEFT, and by hand ------------------------------------------------------------------------------------
 
 

@@ -52,7 +52,7 @@ def demo(
     from polytask.inference import Engine, Request
     from polytask.inference.requests import parted
     from polytask.library import Library
-    from polytask.recipes.adapt import Plan, adapt_many
+    from polytask.recipes.adapt import Plan, adapt_many, automatic
     from polytask.recipes.reading import Reading
     from polytask.tasks import Task
     from polytask.training import Settings
@@ -62,6 +62,8 @@ def demo(
     reading = Reading(in_text="yes" if generate else "auto")
     own = {"home": Settings(epochs=8, batch=8), "tickets": Settings(epochs=4, batch=16)} if generate else {}
     plans = [Plan(t, settings=own.get(t.name, Settings(epochs=12)), reading=reading) for t in tasks]
+    if not generate:  # one training each, where `auto` has three
+        plans = [automatic(backbone, plan) for plan in plans]
     kept = Library(library)
     folder = folder_for(library, backbone, plans)
     with resumable(folder), Progress([t.name for t in tasks], quiet=quiet or json) as progress:

@@ -8,6 +8,7 @@ features are computed once and the (convex) fit costs next to nothing.
 
 from __future__ import annotations
 
+from polytask.errors import UsageError
 from polytask.methods.method import Method, method
 
 
@@ -16,3 +17,7 @@ class Head(Method):
     """No hyperparameters: the head that every adapter carries does the work."""
 
     sites: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.sites:
+            raise UsageError(f"head.sites = {','.join(self.sites)}: head changes no site of the backbone; leave it out")
