@@ -147,19 +147,24 @@ def test_the_winner_is_what_it_would_be_alone(backbone: Backbone) -> None:
     assert scores(again) == scores(won)
 
 
-@pytest.mark.parametrize("stop", [2, 7, 11, 16, 20])
-def test_a_race_that_was_stopped_goes_on_to_the_same_end(backbone: Backbone, tmp_path: Path, stop: int) -> None:
-    whole = ran(backbone)
+def stopped(begin: Callable[[Callable[[Event], None]], object], stop: int) -> None:
+    """Begin a training, and stop it after so many steps."""
     steps = 0
 
-    def stopping(event: Event) -> None:
+    def on_event(event: Event) -> None:
         nonlocal steps
         steps += event.kind == "step"
         if steps == stop:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ran(backbone, folder=tmp_path, on_event=stopping)
+        begin(on_event)
+
+
+@pytest.mark.parametrize("stop", [2, 7, 11, 16, 20])
+def test_a_race_that_was_stopped_goes_on_to_the_same_end(backbone: Backbone, tmp_path: Path, stop: int) -> None:
+    whole = ran(backbone)
+    stopped(lambda told: ran(backbone, folder=tmp_path, on_event=told), stop)
     counted: list[Event] = []
     won = ran(backbone, folder=tmp_path, on_event=counted.append)
     same(won.learned, whole.learned)
@@ -305,16 +310,7 @@ def test_auto_goes_without_rivals_that_cannot_be_trained(backbone: Backbone, mon
 @pytest.mark.parametrize("stop", [5, 14, 20])
 def test_auto_that_was_stopped_goes_on_to_the_same_end(backbone: Backbone, tmp_path: Path, stop: int) -> None:
     whole = adapt(backbone, TASK, settings=SETTINGS)
-    steps = 0
-
-    def stopping(event: Event) -> None:
-        nonlocal steps
-        steps += event.kind == "step"
-        if steps == stop:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        adapt(backbone, TASK, settings=SETTINGS, folder=tmp_path, on_event=stopping)
+    stopped(lambda told: adapt(backbone, TASK, settings=SETTINGS, folder=tmp_path, on_event=told), stop)
     counted: list[Event] = []
     made = adapt(backbone, TASK, settings=SETTINGS, folder=tmp_path, on_event=counted.append)
     assert made.id == whole.id

@@ -126,8 +126,8 @@ class Engine:
         programs = {i: self._program(expression(r.adapter), r) for i, r in enumerate(requests) if r.adapter}
         asked = {i: next(program) for i, program in programs.items()}
         while asked:
-            asks = [replace(ask, follow=follows.get(i)) for i, each in asked.items() for ask in each]
-            found = iter(self._found(asks, limit))
+            queries = [replace(one, follow=follows.get(i)) for i, each in asked.items() for one in each]
+            found = iter(self._found(queries, limit))
             ahead: dict[int, list[Query]] = {}
             for i, each in asked.items():
                 try:
@@ -182,10 +182,14 @@ class Engine:
         [alone] = yield [Query(request, self._roster.reader(expression))]
         return alone.answer
 
-    def _found(self, asks: Sequence[Query], limit: int) -> list[Found]:
+    def _found(self, queries: Sequence[Query], limit: int) -> list[Found]:
         """An answer to each, and its head's logits where it is asked for `whole`, in shared passes."""
-        readers = [*dict.fromkeys(ask.reader for ask in asks)]
-        follows = {n: ask.follow for n, ask in enumerate(asks) if ask.follow and writes(self._roster.head(ask.reader))}
+        readers = [*dict.fromkeys(query.reader for query in queries)]
+        follows = {
+            n: query.follow
+            for n, query in enumerate(queries)
+            if query.follow and writes(self._roster.head(query.reader))
+        }
         members = {id: self._roster.reader(Name(id)) for follow in follows.values() for id in follow.ids}
         plan, weights = self._roster.plan([reader.terms for reader in (*readers, *members.values())])
         alone = dict(zip(members, weights[len(readers) :], strict=True))
@@ -194,9 +198,9 @@ class Engine:
             for reader, row in zip(readers, weights, strict=False)
         ]
         seats = {reader: s for s, reader in enumerate(readers)}
-        which = [seats[ask.reader] for ask in asks]
-        names = [self._roster[ask.reader.head].adapter.name for ask in asks]
-        examples = [example_of(a.request, made[s].head, n) for a, s, n in zip(asks, which, names, strict=True)]
+        which = [seats[query.reader] for query in queries]
+        names = [self._roster[query.reader.head].adapter.name for query in queries]
+        examples = [example_of(a.request, made[s].head, n) for a, s, n in zip(queries, which, names, strict=True)]
         found: dict[int, tuple[Output, float | None, float | None]] = {}
         logits: dict[int, Tensor] = {}
         decodes: dict[int, Decode] = {}
@@ -206,7 +210,7 @@ class Engine:
         for n in read:
             room = min(limit, self.backbone.max_length - plan.room(made[which[n]].weights))
             units += passes.encode(self.backbone, made[which[n]].head, [examples[n]], room)
-        if any(asks[n].whole for n in read):
+        if any(queries[n].whole for n in read):
             z = passes.logits(plan, made, units, [which[n] for n in read])
             for n, unit, own in zip(read, units, z, strict=True):
                 decodes[n] = partial(passes.decoded, made[which[n]].head, unit)
@@ -216,7 +220,7 @@ class Engine:
                 found[n] = (*answer, None)
 
         said = [n for n, s in enumerate(which) if made[s].head.text]
-        rules = {m: rule for m, n in enumerate(said) if (rule := asks[n].request.sampling)}
+        rules = {m: rule for m, n in enumerate(said) if (rule := queries[n].request.sampling)}
         steering = {m: self._steering(follows[n], alone, limit) for m, n in enumerate(said) if n in follows}
         spoken = say(plan, [made[which[n]] for n in said], [examples[n] for n in said], rules, steering)
         for n, one in zip(said, spoken, strict=True):
@@ -225,9 +229,9 @@ class Engine:
                 logits[n] = one.scores
                 decodes[n] = partial(likeliest, text.options(made[which[n]].head, examples[n]))
         answers = []
-        for n, ask in enumerate(asks):
+        for n, query in enumerate(queries):
             output, probability, mass = found[n]
-            said_by = Answer(output, probability, ask.reader.head, names[n], mass=mass)
+            said_by = Answer(output, probability, query.reader.head, names[n], mass=mass)
             answers.append(Found(said_by, logits.get(n), decodes.get(n)))
         return answers
 
