@@ -46,8 +46,8 @@ from polytask.training import Event, Job, Learned, Settings, train
 # 256 wide, six epochs at 1.5e-3, 3e-3, 5e-3 and 7e-3 gave exact match of 0.28, 0.54, 0.58 and 0.66 on the validation
 # split; at 1e-2 it does not learn.
 IN_TEXT = (5e-3, 1.3)
-# `bench.auto` measures, with 128 examples, what this gains and costs. In trials the best of several by validation was as
-# good as the mean of their weights or of their answers, which takes more room or more passes.
+# What this gains and costs with 128 examples: `bench.auto`. In trials the best of several by validation was as good as
+# the mean of their weights or of their answers, which takes more room or more passes.
 FEW = 256
 PROFILED = 2000  # training inputs that a task's mean embedding is taken over
 
