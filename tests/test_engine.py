@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import tiny
@@ -18,9 +20,10 @@ from polytask.adapters.expression import mix, read
 from polytask.backbones import Backbone, heads, load
 from polytask.composition.routing.nearest_task import NearestTask, Profile
 from polytask.errors import PolytaskError, UsageError
-from polytask.inference import Engine, Request
+from polytask.inference import Engine, Request, roster
 from polytask.inference.requests import split_words
 from polytask.methods import build, passes
+from polytask.methods.lifting import Active
 from polytask.tasks import TaskCard
 
 TOKENS = tiny.words(*"abcdefgh")
@@ -183,6 +186,17 @@ def test_more_mixtures_than_plans_are_kept(backbone, adapters):
         some = [a for j, a in enumerate(adapters) if i >> j & 1]
         for a, answer in zip(some, engine.answer(requests_for(some, ["a b"])), strict=True):
             close(answer, expected[a.name])
+
+
+def test_compositions_that_nobody_asks_for_any_more_are_let_go(backbone, monkeypatch):
+    monkeypatch.setattr(roster, "READERS_KEPT", 3)
+    monkeypatch.setattr(roster, "PLANS_KEPT", 2)
+    engine = Engine(backbone, adapters=[adapter_of(backbone, name, "lora", seed=i) for i, name in enumerate("abcdef")])
+    for pair in combinations("abcdef", 2):
+        engine.answer([Request("a b", adapter=f"fuse({','.join(pair)})")])
+    gc.collect()
+    made = [one for one in gc.get_objects() if type(one) is Active and one.method.name == "fuse"]
+    assert 3 <= len(made) <= 5
 
 
 def test_threads_get_their_own_answers(backbone, adapters):

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -58,7 +60,8 @@ class Roster:
         self._shapes: dict[tuple[Method, bool], dict[str, torch.Size]] = {}
         self._plans: OrderedDict[tuple[Active, ...], Plan] = OrderedDict()
         self._readers: OrderedDict[str, Reader] = OrderedDict()
-        self._numbers: dict[Active, int] = {}
+        self._numbers: WeakKeyDictionary[Active, int] = WeakKeyDictionary()  # a router makes ever new ones
+        self._next = count()
         self._composer = Composer(lambda ref: self._loaded[self.find(ref)].adapter, lambda a: self._loaded[a.id].active)
 
     def add(self, adapter: Adapter, *, routed: bool) -> str:
@@ -85,7 +88,7 @@ class Roster:
 
     @property
     def adapters(self) -> list[Adapter]:
-        return [loaded.adapter for loaded in self._loaded.values()]
+        return [loaded.adapter for loaded in list(self._loaded.values())]  # others may come meanwhile
 
     def adapter(self, id: str | None) -> Adapter | None:
         """The adapter with that id, if it is here."""
@@ -208,7 +211,7 @@ class Roster:
     def plan(self, who: Sequence[Terms]) -> tuple[Plan, Tensor]:
         """The plan of all that someone asks for, and the weights [n, K] that each gives."""
         order, weights = planned(who)
-        ranks = [self._numbers.setdefault(active, len(self._numbers)) for active in order]
+        ranks = [self._numbers.setdefault(active, next(self._next)) for active in order]
         by_rank = sorted(range(len(order)), key=ranks.__getitem__)  # so that one plan serves all orders
         key, weights = tuple(order[k] for k in by_rank), weights[:, by_rank]
         if key not in self._plans:
