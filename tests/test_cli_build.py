@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from commands import run, write_table, write_tags
 
 from polytask.errors import PolytaskError
@@ -81,3 +82,55 @@ def test_nothing_learned_is_a_failure(tmp_path: Path) -> None:
     done = run("library", "build", tmp_path / "none.csv", "-l", tmp_path / "skills")
     assert done.status == 1
     assert "none of 1 tasks was learned" in done.err
+
+
+def test_gates_over_what_is_there_are_shared_by_all_tasks(tmp_path: Path) -> None:
+    """However few are trained together; each task's own adapter is the gates' owner for it and keeps its name."""
+    tasks = [write_table(tmp_path / "things.csv"), tmp_path / "others.csv"]
+    tasks[1].write_text(tasks[0].read_text().replace(",fruit", ",food"))
+    common = ["-l", tmp_path / "skills", "--epochs", "1", "--examples", "16", "--json"]
+    assert run("library", "build", *tasks, "--set", "r=2", *common).status == 0
+    gates = ["--method", "meteora", "--over", "things,others", "--together", "1"]
+    done = run("library", "build", *tasks, *gates, *common)
+    assert done.status == 0, done.err
+    assert [row["name"] for row in done.json["made"]] == ["things.meteora", "others.meteora"]
+    kept = Library(tmp_path / "skills", create=False)
+    made = [kept.get(f"{name}.meteora") for name in ("things", "others")]
+    assert [one.hyperparameters["owner"] for one in made] == [kept.get("things").id, kept.get("others").id]
+    assert kept.get("things").method == "lora"
+    shared = [n for n in made[0].tensors if n.endswith("/G")]
+    assert shared
+    assert all(torch.equal(made[0].tensors[n], made[1].tensors[n]) for n in shared)
+    said = run("predict", "--adapter", "things.meteora", "-l", tmp_path / "skills", "--json", stdin=b"saw")
+    assert said.status == 0, said.err
+    assert run("library", "build", *tasks, *gates, *common).json["known"] == ["things", "others"]
+    more = write_table(tmp_path / "more.csv")
+    assert run("library", "build", *tasks, more, *gates, *common).error == (
+        "things, others: there already, and meteora learns G for all tasks at once; --again trains all of them anew"
+    )
+
+
+def test_what_is_kept_under_another_name_does_not_stop_the_others(tmp_path: Path) -> None:
+    tasks = [write_table(tmp_path / name) for name in ("first.csv", "second.csv")] + [
+        write_tags(tmp_path / "tags.jsonl")
+    ]
+    done = run("library", "build", *tasks, "-l", tmp_path / "skills", "--method", "head", "--json")
+    assert done.status == 0, done.err
+    assert [row["name"] for row in done.json["made"]] == ["first", "tags"]
+    assert "kept already as first" in done.json["failed"]["second"]
+
+
+def test_tasks_that_share_fail_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def refuse(_: object, plans: list[Plan], **__: object) -> None:
+        seen.append(len(plans))
+        raise PolytaskError("not now")
+
+    monkeypatch.setattr(importlib.import_module("polytask.recipes.adapt"), "adapt_many", refuse)
+    tasks = [write_table(tmp_path / f"{name}.csv") for name in "abc"]
+    done = run("library", "build", *tasks, "--method", "mtl_lora", "--together", "2", "-l", tmp_path / "skills")
+    assert (done.status, seen) == (1, [3])
+    assert [line for line in done.err.splitlines() if line.startswith("left out")] == [
+        f"left out: {name}: not now" for name in "abc"
+    ]

@@ -312,12 +312,25 @@ def build(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A hyperparameter of the method; may be given again."),
     ] = None,
+    over: Annotated[
+        str | None,
+        typer.Option(
+            "--over",
+            metavar="NAME,NAME,...",
+            help="The adapters of the library that a method such as meteora joins; what is made is named TASK.METHOD.",
+        ),
+    ] = None,
     examples: Annotated[
         int | None,
         typer.Option("--examples", metavar="N", help="Of each task's training split, at most; all if not given."),
     ] = None,
     together: Annotated[
-        int, typer.Option("--together", metavar="N", help="How many adapters are trained over one frozen pass.")
+        int,
+        typer.Option(
+            "--together",
+            metavar="N",
+            help="How many adapters are trained over one frozen pass; all of them where the method shares tensors.",
+        ),
     ] = 8,
     epochs: options.Epochs = None,
     batch: options.BatchSize = None,
@@ -332,6 +345,8 @@ def build(
     For example:
       polytask library build tasks/*.csv
       polytask library build suite/*/ --method pfeiffer --examples 600 --epochs 6
+    Gates over adapters that are there, which send each token to those it needs:
+      polytask library build a.csv b.csv --method meteora --over a,b
 
     A task that cannot be read or learned is told and left out. If it is
     stopped, the same command goes on: what is kept is not trained again.
@@ -343,7 +358,7 @@ def build(
     from polytask.cli.checkpoints import folder_for, resumable
     from polytask.cli.progress import Progress
     from polytask.library import Library
-    from polytask.recipes.adapt import Plan, adapt_many
+    from polytask.recipes.adapt import Plan, adapt_many, shares
     from polytask.recipes.reading import Reading
 
     if together < 1 or (examples is not None and examples < 1):
@@ -352,6 +367,8 @@ def build(
     hyperparameters = options.pairs(set_ or (), "--set")
     settings = options.settings(epochs=epochs, batch=batch, seed=seed)
     there = {entry.name for entry in kept.list(method=method)}
+    joined = [kept.get(ref.strip()) for ref in over.split(",")] if over else []
+    suffix = f".{method}" if over else ""  # so that a task's name stays that of the adapter which is joined
     plans: dict[str, Plan] = {}
     failed: dict[str, str] = {}
     known: list[str] = []
@@ -364,12 +381,19 @@ def build(
             continue
         if task.name in plans or task.name in known:
             failed[source] = f"another of these tasks is called {task.name} too; rename one"
-        elif task.name in there and not again:
+        elif f"{task.name}{suffix}" in there and not again:
             known.append(task.name)
         else:
             if examples is not None and examples < len(task.train):
                 task = replace(task, train=tuple(random.Random(seed).sample(task.train, examples)))
-            plans[task.name] = Plan(task, method, hyperparameters, settings)
+            plans[task.name] = Plan(task, method, hyperparameters, settings, over=joined, library=kept)
+    if shared := shares(method, hyperparameters):
+        if known and plans:
+            raise UsageError(
+                f"{', '.join(known)}: there already, and {method} learns {shared} for all tasks at once; "
+                "--again trains all of them anew"
+            )
+        together = max(1, len(plans))
     groups: dict[str, list[Plan]] = {}
     for plan in plans.values():
         groups.setdefault(options.base_for(base, plan.task, plan.reading), []).append(plan)
@@ -390,12 +414,17 @@ def build(
                 try:
                     adapters = adapt_many(backbone, part, folder=folder, on_event=progress)
                 except PolytaskError as error:
-                    if len(part) == 1:
-                        failed[part[0].task.name] = str(error)
+                    if len(part) == 1 or shared:
+                        failed |= {plan.task.name: str(error) for plan in part}
                     else:  # the others do not fail with the one that does
                         parts = [[plan] for plan in part] + parts
                     continue
-                made += [kept.entry(kept.add(adapter)) for adapter in adapters]
+                for adapter in adapters:
+                    card = adapter.card.model_copy(update={"name": f"{adapter.name}{suffix}"})
+                    try:
+                        made.append(kept.entry(kept.add(replace(adapter, card=card))))
+                    except UsageError as error:  # the same is there under another name
+                        failed[adapter.name] = str(error)
     if json:
         show.write_json({"made": [_json(entry) for entry in made], "known": known, "failed": failed})
     else:

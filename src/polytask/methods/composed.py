@@ -164,6 +164,8 @@ class Composed(Method):
     """Whether training makes it; else its tensors follow from its sources."""
     made_of: ClassVar[type[Method] | None] = None
     """The method whose adapters alone it is made of; None for all that act at sites."""
+    owned: ClassVar[bool] = False
+    """Whether `owner` says which of them is the task's own: the one that learned a task of its name if not given."""
     over: tuple[str, ...] = ()
     sites: tuple[str, ...] = ()
 

@@ -232,7 +232,17 @@ def _joined(base: Backbone, plan: Plan, composer: Composer) -> tuple[dict[str, A
     found = tuple(source(composer.terms(Name(one.id)), kind) for one in plan.over)
     reached = base.sites_for(writing=plan.reading.writes(plan.task))
     at = [site for site in sites(found) if site in reached]
+    if kind.owned:
+        own = (one.id for one in plan.over if one.card.task.name == plan.task.name)
+        given = {"owner": next(own, "")} | given
     return {"sites": at} | given | {"over": [one.id for one in plan.over]}, found
+
+
+def shares(method: str, hyperparameters: Mapping[str, Any] | None = None) -> str:
+    """What trainings of a method have in common when they are of one `adapt_many`; nothing for most methods."""
+    if method in ("auto", "race"):
+        return ""
+    return ", ".join(sorted(selectors.build(method, hyperparameters)[0].common))
 
 
 def _told(on_event: Callable[[Event], None] | None, numbers: Sequence[int]) -> Callable[[Event], None] | None:

@@ -39,9 +39,11 @@ from polytask.methods.method import Params, method
     paper="Xu et al. 2024, arXiv 2405.13053",
 )
 class MeteoRA(TokenRouter):
-    """top_k: k. temperature: τ. gate: c. owner: the id of the task's own adapter, none if empty."""
+    """top_k: k. temperature: τ. gate: c. owner: the id of the task's own adapter, none if empty; by default the one of
+    `over` that learned a task of the same name, if there is one."""
 
     elsewhere = True
+    owned = True
     positional = True
     fixed = frozenset(("owner",))
     common = frozenset(("G",))
