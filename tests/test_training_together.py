@@ -184,6 +184,16 @@ def test_tasks_that_share_projections_end_with_the_same_ones_and_their_own_cores
     assert any(not torch.equal(alone.tensors[n], first.tensors[n]) for n in B)
 
 
+def test_tasks_of_one_seed_mix_what_they_share_each_in_its_own_way(backbone: Backbone) -> None:
+    """Were w equal, every B_i would get the same gradient but for its size, and they would stay one and the same."""
+    first, second = train(backbone, [mtl(0), mtl(1)])
+    w, other = (torch.cat([t for n, t in one.tensors.items() if n.endswith("/w")]) for one in (first, second))
+    assert torch.corrcoef(torch.stack([w, other]))[0, 1].abs() < 0.7
+    for name in ("0.attn.q/B", "0.attn.v/B"):
+        B = torch.nn.functional.normalize(first.tensors[name].flatten(1), dim=1)
+        assert (B @ B.T).min() < 0.95
+
+
 def test_shared_tensors_get_the_gradients_of_all(backbone: Backbone) -> None:
     """The first step of two equal jobs moves what they share as one job does: Adam divides the sum by its own size."""
     one = train(backbone, [mtl(0, epochs=1, batch=48, weight_decay=0.0, clip=1e9)])[0]

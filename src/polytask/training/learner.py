@@ -113,7 +113,9 @@ class Learner:
         return self.steps_an_epoch * self.job.settings.rounds(self.steps_an_epoch)
 
 
-def prepare(backbone: Backbone, job: Job) -> Learner:
+def prepare(backbone: Backbone, job: Job, place: int = 0) -> Learner:
+    """`place`: how many before it share tensors with it. What is its own starts at a seed of its own, or jobs of one
+    seed would pull what they share the same way."""
     task = job.task
     if not task.train:
         raise PolytaskError(f"task {task.name}: no training examples")
@@ -125,6 +127,9 @@ def prepare(backbone: Backbone, job: Job) -> Learner:
     first = heads.start(job.head, backbone.hidden_size, settings.seed)
     units = passes.encode(backbone, job.head, task.train, min(settings.tokens, room))
     own = job.method.start(backbone, settings.seed, writing=job.head.text is not None)
+    if place:
+        other = job.method.start(backbone, settings.seed + place, writing=job.head.text is not None)
+        own |= {name: t for name, t in other.items() if name.rpartition("/")[2] not in job.method.common}
     own = {**job.method.shown(own, lambda: _embedded(backbone, job, units))}
     begun = _begun(job, own)
     tensors = {f"head/{name}": t for name, t in first.items()} | own | begun

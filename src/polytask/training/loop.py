@@ -82,7 +82,9 @@ def train(
     Raises PolytaskError where a job has nothing to learn from or its loss is no longer a number.
     """
     tell = on_event or (lambda event: None)
-    learners = [prepare(backbone, job) for job in jobs]
+    methods = [job.method for job in jobs]
+    mates = [methods[:i].count(one) if one.common else 0 for i, one in enumerate(methods)]
+    learners = [prepare(backbone, job, place) for job, place in zip(jobs, mates, strict=True)]
     for i, learner in enumerate(learners):
         began = time.perf_counter()
         fit_head(backbone, learner)
