@@ -4,8 +4,8 @@
     y ← y + (α / k) · B (g ∘ A x)         x [d_in], y [d_out], A [r, d_in], B [d_out, r], R [r, d_in]
 
 With experts of b ranks, R is [r / b, d_in], and the k / b experts taken bring all their ranks. The mean of g over the
-ranks taken is 1, so that k = r and R = 0 is a LoRA, and that a single expert (k = b) has the gate 1 whatever R is: then R
-learns nothing.
+ranks taken is 1, so that k = r and R = 0 is a LoRA, and that a single expert (k = b) has the gate 1 whatever R is: then
+R learns nothing.
 
 Zhao, Zhou, Zhang, Zhu, Shen, Li, Yang, Wang, Su, Kuang, Wei, Wu, Cheng 2025, arXiv 2501.15103. A and R ~ U(±1/√d_in),
 B = 0, so that training starts at the backbone. k = 8 as in the released configuration.
